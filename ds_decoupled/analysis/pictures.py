@@ -1,0 +1,53 @@
+"""A simulated run as a picture: one row a rank, time to the right, one box an action."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ds_decoupled.analysis.simulate import Simulation
+from ds_decoupled.schedules.actions import Kind
+
+COLOURS = {Kind.FORWARD: "#8fb8de", Kind.LOSS: "#b8a1d9", Kind.BACKWARD: "#8cc9a1", Kind.RECOMPUTE: "#f2c079",
+           Kind.RECONSTRUCT: "#e59a8f", Kind.WEIGHTS: "#c9c9c9"}
+_NAMES = {Kind.FORWARD: "forward", Kind.LOSS: "forward, loss, backward", Kind.BACKWARD: "backward",
+          Kind.RECOMPUTE: "backward by recomputation", Kind.RECONSTRUCT: "backward by reconstruction", Kind.WEIGHTS: "weights' gradients"}
+
+
+def timeline(simulation: Simulation, path: str | Path, *, until: float | None = None, title: str = "") -> None:
+    """Write the picture to ``path``; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
+
+    Args:
+        simulation: the run to draw.
+        path: where to write.
+        until: draw up to this time, in units of the costs; the whole run by default.
+        title: a line above the picture.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the ending names no format.
+    """
+    # Here, not above: whoever only reads a plan needs no matplotlib. No pyplot, so no display is asked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    until = simulation.total_time if until is None else min(until, simulation.total_time)
+    ranks = len(simulation.busy)
+    figure = Figure(figsize=(min(40.0, 2 + 0.35 * until), 1.2 + 0.6 * ranks), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    several = len({e.action.stage for e in simulation.events}) > ranks
+    for event in simulation.events:
+        if event.action.kind not in COLOURS or event.start >= until:
+            continue
+        axes.broken_barh([(event.start, event.end - event.start)], (event.rank - 0.4, 0.8),
+                         facecolors=COLOURS[event.action.kind], edgecolor="white", linewidth=0.8)
+        text = f"{event.action.stage}:{event.action.micro_batch}" if several else str(event.action.micro_batch)
+        axes.text((event.start + event.end) / 2, event.rank, text, ha="center", va="center", fontsize=7, clip_on=True)
+    drawn = {event.action.kind for event in simulation.events}
+    axes.legend(handles=[Patch(color=colour, label=_NAMES[kind]) for kind, colour in COLOURS.items() if kind in drawn],
+                loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
+    axes.set(xlim=(0, until), ylim=(ranks - 0.5, -0.5), yticks=range(ranks),
+             yticklabels=[f"rank {r}" for r in range(ranks)], title=title,
+             xlabel="time; in a box " + ("stage:micro-batch" if several else "the micro-batch"))
+    figure.savefig(path, dpi=120)

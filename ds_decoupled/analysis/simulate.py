@@ -1,0 +1,408 @@
+"""Run a plan without tensors: deadlocks, time, delays, records in flight, and what the links carry.
+
+>>> from ds_decoupled.schedules import Placement, Plan
+>>> petra = Plan.make(Placement.of(4, 4), hops=(1, 1), k=1, recover="reconstruct", flush=False)
+>>> simulate(petra, 40).delays
+(6, 4, 2, 0)
+
+Each rank works through its own list in order. A send does not block; a receive waits for its message, which arrives one
+link time after it was sent. Nothing here uses the formulas of :mod:`ds_decoupled.schedules.ticks`: every number is
+counted from the actions, so that a test can compare the two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from ds_decoupled.analysis.staircase import Lists, staircase
+from ds_decoupled.errors import PlanError
+from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, Action, Kind
+from ds_decoupled.schedules.plan import Plan
+
+#: Cost of an action in units of one stage's forward pass: a backward pass costs two, a forward pass run again one more.
+UNIT_COSTS: Mapping[Kind, float] = {
+    Kind.FORWARD: 1, Kind.LOSS: 3, Kind.BACKWARD: 2, Kind.RECOMPUTE: 3, Kind.RECONSTRUCT: 3, Kind.UPDATE: 0, Kind.LOAD: 0,
+}
+
+#: How many messages of one unit a message carries: a reconstruction travels together with its gradient.
+PAYLOADS = {Kind.SEND_ACTIVATION: 1, Kind.SEND_GRADIENT: 1, Kind.SEND_RECONSTRUCTION: 2}
+
+_PAYLOAD_NAME = {Kind.RECV_ACTIVATION: "activation", Kind.RECV_GRADIENT: "gradient",
+                 Kind.RECV_RECONSTRUCTION: "gradient and reconstruction"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What actions and links cost, in any one unit of time.
+
+    Attributes:
+        kinds: cost of an action by kind, on every stage; what is left out costs what :data:`UNIT_COSTS` says, and the
+            weights' own gradients (``W``) as much as the stage's forward pass. A backward pass whose weights' gradients
+            are put off costs so much less.
+        stages: cost by ``(stage, kind)``, where a stage differs (for example a measured time).
+        link: time from a send to the message's arrival on another rank.
+        message_bytes: bytes of one activation, and of its gradient.
+    """
+
+    kinds: Mapping[Kind, float] = field(default_factory=dict)
+    stages: Mapping[tuple[int, Kind], float] = field(default_factory=dict)
+    link: float = 0.0
+    message_bytes: float = 1.0
+
+    def of(self, stage: int, kind: Kind) -> float:
+        """The cost of one action of ``stage``."""
+        if (stage, kind) in self.stages:
+            return float(self.stages[stage, kind])
+        if kind in self.kinds:
+            return float(self.kinds[kind])
+        return self.of(stage, Kind.FORWARD) if kind is Kind.WEIGHTS else float(UNIT_COSTS.get(kind, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One computation in the timeline, from ``start`` to ``end`` in units of the costs."""
+
+    rank: int
+    tick: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one link between ranks carries in one direction over a run. Link ``s`` joins stages ``s`` and ``s + 1``."""
+
+    link: int
+    direction: str
+    messages: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a run did. Tuples have one entry per rank or per stage, in order.
+
+    Attributes:
+        micro_batches: how many the run had.
+        total_time: from the first action to the last, fill and drain included.
+        time_per_micro_batch: in the steady state; None where the run is too short to have one.
+        busy: time that each rank computed.
+        delays: ticks between a stage's forward and backward of one micro-batch, the most over the run.
+        updates_crossed: updates of the stage between the two, the most over the run.
+        records: micro-batches in flight at a stage, the most over the run.
+        traffic: one entry per link and direction that carried anything, links in order, forward first.
+        events: every computation, rank by rank.
+    """
+
+    micro_batches: int
+    total_time: float
+    time_per_micro_batch: float | None
+    busy: tuple[float, ...]
+    delays: tuple[int, ...]
+    updates_crossed: tuple[int, ...]
+    records: tuple[int, ...]
+    traffic: tuple[Traffic, ...]
+    events: tuple[Event, ...]
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Share of the whole run that each rank waited, fill and drain included."""
+        return tuple(1 - b / self.total_time if self.total_time else 0.0 for b in self.busy)
+
+    @property
+    def steady_idle(self) -> tuple[float, ...] | None:
+        """Share of the steady state that each rank waits; None where there is none."""
+        if not self.time_per_micro_batch:
+            return None
+        steady = self.time_per_micro_batch * self.micro_batches
+        return tuple(max(0.0, 1 - b / steady) for b in self.busy)
+
+    @property
+    def one_rank_time(self) -> float:
+        """Time per micro-batch of one rank that does all the work of the run by itself."""
+        return sum(self.busy) / self.micro_batches
+
+
+def simulate(plan: Plan, micro_batches: int, costs: Costs | None = None) -> Simulation:
+    """Run ``plan`` over fill, steady state and drain.
+
+    Args:
+        plan: what to run.
+        micro_batches: how many; the steady state shows from about three times ``plan.ticks.drain``.
+        costs: of actions and links; one unit per forward pass by default.
+
+    Raises:
+        PlanError: a deadlock, a message out of order, or an action without what it needs.
+    """
+    lists = [list(plan.run(rank, micro_batches)) for rank in range(plan.placement.ranks)]
+    return play(lists, plan.placement.rank_bounds, costs)
+
+
+def play(lists: Lists, rank_bounds: Sequence[int], costs: Costs | None = None) -> Simulation:
+    """Run lists of actions, ``lists[rank][tick]``, as :func:`simulate` does; ``rank_bounds`` are P+1 stage indices."""
+    return _Run(lists, tuple(rank_bounds), costs or Costs()).play()
+
+
+@dataclass(slots=True)
+class _Message:
+    kind: Kind
+    micro_batch: int
+    arrival: float
+
+
+class _Rank:
+    """Where one rank is: its next action, its clock, and what it holds by (stage, micro-batch)."""
+
+    def __init__(self, ticks: Sequence[Sequence[Action]]) -> None:
+        self.todo = [(tick, action) for tick, actions in enumerate(ticks) for action in actions]
+        self.next = 0
+        self.clock = self.busy = 0.0
+        self.loaded: set[int] = set()
+        #: Stage s's output, the gradient of stage s's output, and stage s's weights' gradients that are put off.
+        self.activations: set[tuple[int, int]] = set()
+        self.gradients: set[tuple[int, int]] = set()
+        self.put_off: set[tuple[int, int]] = set()
+        self.tick_ends = [0.0] * len(ticks)
+
+    @property
+    def current(self) -> tuple[int, Action] | None:
+        return self.todo[self.next] if self.next < len(self.todo) else None
+
+
+class _Run:
+    """The state of one simulation."""
+
+    def __init__(self, lists: Lists, rank_bounds: tuple[int, ...], costs: Costs) -> None:
+        self.lists, self.rank_bounds, self.costs = lists, rank_bounds, costs
+        self.stages = rank_bounds[-1]
+        self.rank_of_stage = [r for r, (a, b) in enumerate(zip(rank_bounds, rank_bounds[1:])) for _ in range(a, b)]
+        if len(lists) != len(rank_bounds) - 1:
+            raise PlanError(f"{len(lists)} lists of actions for {len(rank_bounds) - 1} ranks")
+        self.ranks = [_Rank(ticks) for ticks in lists]
+        self.queues: dict[tuple[int, str], deque[_Message]] = {}
+        self.messages: Counter[tuple[int, str]] = Counter()
+        self.payloads: Counter[tuple[int, str]] = Counter()
+        #: (stage, micro-batch) whose backward pass leaves the weights' gradients for an action of its own, not done yet.
+        self.split = {(a.stage, a.micro_batch) for ticks in lists for actions in ticks for a in actions
+                      if a.kind is Kind.WEIGHTS}
+        #: For each (stage, micro-batch) in flight: the tick of its forward, and the stage's updates until then.
+        self.in_flight: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.stages)]
+        self.updates = [0] * self.stages
+        self.delays, self.crossed, self.records = [0] * self.stages, [0] * self.stages, [0] * self.stages
+        self.finished: Counter[int] = Counter()
+        self.events: list[list[Event]] = [[] for _ in lists]
+
+    def play(self) -> Simulation:
+        moved = True
+        while moved:
+            moved = False
+            for r in range(len(self.ranks)):
+                while self._step(r):
+                    moved = True
+        if any(rank.current for rank in self.ranks):
+            self._deadlock()
+        self._check_nothing_left()
+        traffic = tuple(Traffic(link, direction, self.messages[link, direction],
+                                self.payloads[link, direction] * self.costs.message_bytes)
+                        for link, direction in sorted(self.messages, key=lambda key: (key[0], key[1] == "backward")))
+        return Simulation(self.finished[0], max(rank.clock for rank in self.ranks), self._time_per_micro_batch(),
+                          tuple(rank.busy for rank in self.ranks), tuple(self.delays), tuple(self.crossed),
+                          tuple(self.records), traffic, tuple(event for events in self.events for event in events))
+
+    def _step(self, r: int) -> bool:
+        """Let rank ``r`` do its next action; False if it is done or has to wait for a message that nobody sent yet."""
+        rank = self.ranks[r]
+        if rank.current is None:
+            return False
+        tick, action = rank.current
+        if not 0 <= action.stage < self.stages or self.rank_of_stage[action.stage] != r:
+            self._broken(r, f"stage {action.stage} is not on this rank")
+        if action.kind.is_recv:
+            if not self._receive(r, action):
+                return False
+        elif action.kind.is_send:
+            self._send(r, action)
+        else:
+            self._compute(r, tick, action)
+        rank.next += 1
+        rank.tick_ends[tick] = rank.clock
+        return True
+
+    # Messages
+
+    def _queue(self, action: Action) -> tuple[int, str]:
+        """The link and direction that a send or receive uses."""
+        forward = action.kind in (Kind.SEND_ACTIVATION, Kind.RECV_ACTIVATION)
+        upper = action.kind is Kind.SEND_ACTIVATION or (not forward and action.kind.is_recv)
+        return (action.stage if upper else action.stage - 1), "forward" if forward else "backward"
+
+    def _receive(self, r: int, action: Action) -> bool:
+        rank, key = self.ranks[r], self._queue(action)
+        queue = self.queues.get(key)
+        if not queue:
+            return False
+        head = queue.popleft()
+        if head.micro_batch != action.micro_batch or MATCHING_RECV[head.kind] is not action.kind:
+            self._broken(r, f"the next message on link {key[0]} {key[1]} is a {head.kind.value} of micro-batch "
+                            f"{head.micro_batch}")
+        rank.clock = max(rank.clock, head.arrival)
+        held = rank.activations if action.kind is Kind.RECV_ACTIVATION else rank.gradients
+        held.add((key[0], action.micro_batch))
+        return True
+
+    def _send(self, r: int, action: Action) -> None:
+        rank, key = self.ranks[r], self._queue(action)
+        item = (key[0], action.micro_batch)
+        if not 0 <= key[0] < self.stages - 1 or self.rank_of_stage[key[0]] == self.rank_of_stage[key[0] + 1]:
+            self._broken(r, "no link between two ranks there")
+        held = rank.activations if action.kind is Kind.SEND_ACTIVATION else rank.gradients
+        if item not in held:
+            self._broken(r, "what it sends has not been computed")
+        held.remove(item)
+        message = _Message(action.kind, action.micro_batch, rank.clock + self.costs.link)
+        self.queues.setdefault(key, deque()).append(message)
+        self.messages[key] += 1
+        self.payloads[key] += PAYLOADS[action.kind]
+
+    # Computation
+
+    def _compute(self, r: int, tick: int, action: Action) -> None:
+        rank, s, kind, m = self.ranks[r], action.stage, action.kind, action.micro_batch
+        start = rank.clock
+        cost = self.costs.of(s, kind)
+        if _goes_back(kind) and (s, m) in self.split:
+            cost = max(0.0, cost - self.costs.of(s, Kind.WEIGHTS))
+        rank.clock += cost
+        rank.busy += cost
+        if kind is Kind.LOAD:
+            rank.loaded.add(m)
+        elif kind is Kind.UPDATE:
+            if m != self.updates[s]:
+                self._broken(r, f"the stage's next update is number {self.updates[s]}")
+            if any(stage == s for stage, _ in rank.put_off):
+                self._broken(r, "weights' gradients that were put off are still missing")
+            self.updates[s] += 1
+        elif kind is Kind.WEIGHTS:
+            if (s, m) not in rank.put_off:
+                self._broken(r, "the backward pass has not run")
+            rank.put_off.remove((s, m))
+        if _goes_forward(kind):
+            self._forward(r, tick, action)
+        if _goes_back(kind):
+            if kind in BACKWARDS and (s, m) not in rank.gradients:
+                self._broken(r, "the gradient of the stage's output is not there")
+            rank.gradients.discard((s, m))
+            self._backward(r, tick, action)
+            if s > 0:
+                rank.gradients.add((s - 1, m))
+            if (s, m) in self.split:
+                rank.put_off.add((s, m))
+        self.events[r].append(Event(r, tick, action, start, rank.clock))
+
+    def _forward(self, r: int, tick: int, action: Action) -> None:
+        rank, s, m = self.ranks[r], action.stage, action.micro_batch
+        if s == 0:
+            if m not in rank.loaded:
+                self._broken(r, "the micro-batch has not been loaded")
+            rank.loaded.remove(m)
+        elif (s - 1, m) not in rank.activations:
+            self._broken(r, "the stage's input is not there")
+        else:
+            rank.activations.remove((s - 1, m))
+        if action.kind is Kind.FORWARD:
+            rank.activations.add((s, m))
+        self.in_flight[s][m] = (tick, self.updates[s])
+        self.records[s] = max(self.records[s], len(self.in_flight[s]))
+
+    def _backward(self, r: int, tick: int, action: Action) -> None:
+        s, m = action.stage, action.micro_batch
+        if m not in self.in_flight[s]:
+            self._broken(r, "the stage has not run this micro-batch forward")
+        forward_tick, updates = self.in_flight[s].pop(m)
+        self.delays[s] = max(self.delays[s], tick - forward_tick)
+        self.crossed[s] = max(self.crossed[s], self.updates[s] - updates)
+        self.finished[s] += 1
+
+    # The steady state
+
+    def _time_per_micro_batch(self) -> float | None:
+        """The period of rank 0's ticks between its first backward and its last forward.
+
+        Up to a tick that is full on rank 0, no rank lacked work that it has in an endless run, whatever came after. The
+        times repeat with some number of ticks (the length of the slowest circle of waits), found in the second half.
+        """
+        backwards = [e.tick for e in self.events[0] if e.action.stage == 0 and _goes_back(e.action.kind)]
+        forwards = [e.tick for e in self.events[0] if e.action.stage == 0 and _goes_forward(e.action.kind)]
+        if not backwards:
+            return None
+        ends = self.ranks[0].tick_ends[min(backwards):max(forwards) + 1]
+        last = len(ends) - 1
+        for period in range(1, len(ends) // 4 + 1):
+            step = ends[last] - ends[last - period]
+            if all(abs(ends[i] - ends[i - period] - step) < 1e-9 * (1 + step) for i in range(last // 2 + 1, last)):
+                return step / period
+        # Still settling: the second half is nearer to the steady state than the first.
+        return (ends[last] - ends[last // 2]) / (last - last // 2) if last > 0 else None
+
+    # Errors
+
+    def _broken(self, r: int, why: str) -> NoReturn:
+        current = self.ranks[r].current
+        assert current is not None
+        tick, action = current
+        raise PlanError(f"rank {r}, tick {tick}: {action} cannot run: {why}\n{self._picture({(tick, action.stage)})}")
+
+    def _deadlock(self) -> NoReturn:
+        lines, marked = ["deadlock: every rank that is not done waits for a message"], set()
+        for r, rank in enumerate(self.ranks):
+            if rank.current is None:
+                continue
+            tick, action = rank.current
+            marked.add((tick, action.stage))
+            lines.append(f"rank {r} waits for {action} in tick {tick} ({_PAYLOAD_NAME[action.kind]} of micro-batch "
+                         f"{action.micro_batch}), {self._sender(action)}")
+        raise PlanError("\n".join(lines) + "\n" + self._picture(marked))
+
+    def _sender(self, action: Action) -> str:
+        link, direction = self._queue(action)
+        sent = Action(link if direction == "forward" else link + 1, MATCHING_SEND[action.kind], action.micro_batch)
+        for r, rank in enumerate(self.ranks):
+            for tick, later in rank.todo[rank.next:]:
+                if later == sent:
+                    return f"sent by nobody yet: rank {r} sends {sent} in tick {tick}"
+        return "sent by nobody"
+
+    def _picture(self, marked: set[tuple[int, int]]) -> str:
+        """The staircase around the marked cells."""
+        first = max(0, min(tick for tick, _ in marked) - 4)
+        marked = {(tick, stage) for tick, stage in marked if 0 <= stage < self.stages}
+        return staircase(self.lists, self.rank_bounds, first=first,
+                         ticks=max((tick for tick, _ in marked), default=first) - first + 3, marked=marked)
+
+    def _check_nothing_left(self) -> None:
+        for (link, direction), queue in self.queues.items():
+            if queue:
+                raise PlanError(f"{len(queue)} messages on link {link} {direction} were never received, the first of "
+                                f"micro-batch {queue[0].micro_batch}")
+        for r, rank in enumerate(self.ranks):
+            for what, left in (("a loaded micro-batch", {(0, m) for m in rank.loaded}),
+                               ("the activation", rank.activations), ("the gradient of the activation", rank.gradients),
+                               ("the put-off weights' gradients", rank.put_off)):
+                if left:
+                    stage, m = min(left)
+                    raise PlanError(f"rank {r} ends with {what} of stage {stage} that nobody used: micro-batch {m}")
+        for s, flight in enumerate(self.in_flight):
+            if flight:
+                raise PlanError(f"stage {s} never ran micro-batch {min(flight)} backward")
+
+
+def _goes_back(kind: Kind) -> bool:
+    return kind in BACKWARDS or kind is Kind.LOSS
+
+
+def _goes_forward(kind: Kind) -> bool:
+    return kind in (Kind.FORWARD, Kind.LOSS)

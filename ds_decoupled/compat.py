@@ -1,0 +1,233 @@
+"""Every private name of DeepSpeed 0.19 that this package touches.
+
+The rest of the package sees the public methods of the two base classes and the functions below; a test checks that each
+private name is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import PipeSchedule
+from torch import Tensor
+
+#: Private names by owner, for the test that they are still there.
+PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
+    PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
+    PipelineEngine: ("_configure_optimizer", "_configure_lr_scheduler", "_train_schedule", "_exec_schedule", "_next_batch",
+                     "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
+                     "_reduce_non_expert_gradients"),
+}
+
+
+class PipelineModuleBase(PipelineModule):
+    """A ``PipelineModule`` whose ranks begin at the layers that :meth:`rank_layer_bounds` says."""
+
+    def rank_layer_bounds(self) -> list[int]:
+        """P+1 layer indices; called once, when specs and topology are known and nothing is built."""
+        raise NotImplementedError
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        self.parts = self.rank_layer_bounds()
+        rank = self.pipe_rank
+        self._set_bounds(start=self.parts[rank], stop=self.parts[rank + 1])
+
+    @property
+    def pipe_rank(self) -> int:
+        """This process's place on the pipe axis."""
+        return int(self._topo.get_coord(self.global_rank).pipe)
+
+
+def layer_specs(module: PipelineModule) -> list[Any]:
+    """What the whole model is made of, built or not."""
+    return list(module._layer_specs)
+
+
+def layer_parameters(module: PipelineModule) -> list[float]:
+    """Trainable parameters of every layer of the whole model."""
+    return [float(n) for n in module._count_layer_params()]
+
+
+def tied_keys(module: PipelineModule) -> list[str]:
+    """Keys of tied layers that appear more than once."""
+    keys = [spec.key for spec in module._layer_specs if isinstance(spec, deepspeed.pipe.TiedLayerSpec)]
+    return sorted({key for key in keys if keys.count(key) > 1})
+
+
+def norms_within_stages(module: PipelineModule) -> None:
+    """Make gradient norms and overflow flags a matter of the stage alone.
+
+    DeepSpeed's optimizers reduce both over ``mpu.get_model_parallel_group()``, which spans all stages, so that stages that
+    step at different times would wait for one another for ever. The slice group is what is left of it within a stage.
+    """
+    grid = module.mpu()
+    grid.ds_model_proc_group = grid.get_slice_parallel_group()
+    grid.ds_model_rank = grid.get_slice_parallel_rank()
+    grid.ds_model_world_size = grid.get_slice_parallel_world_size()
+
+
+def clip_over_all_stages(module: PipelineModule) -> None:
+    """Mend float32 clipping of a flushed pipeline: without this mark DeepSpeed clips every stage by stage 0's norm."""
+    for parameter in module.parameters():
+        parameter.model_parallel = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def engine_class(factory: Any) -> Iterator[None]:
+    """Within, ``deepspeed.initialize`` makes pipeline engines by ``factory``: it looks the class up by this name and has
+    no other hook."""
+    original = deepspeed.PipelineEngine
+    deepspeed.PipelineEngine = factory
+    try:
+        yield
+    finally:
+        deepspeed.PipelineEngine = original
+
+
+class PipelineEngineBase(PipelineEngine):
+    """A ``PipelineEngine`` with public hooks in place of the private ones."""
+
+    #: Instruction types to functions of ``(engine, **kwargs)``.
+    instruction_map: Mapping[type, Any] = {}
+
+    # -- hooks that a subclass fills ---------------------------------------------------------------------------------
+
+    def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
+        """Called once, when the module is on its device in its final type."""
+        raise NotImplementedError
+
+    def configure_lr_schedulers(self) -> None:
+        """Called right after :meth:`configure_optimizers`."""
+        raise NotImplementedError
+
+    # -- DeepSpeed's own machinery, for the subclass to call -----------------------------------------------------------
+
+    def build_optimizer(self, client_optimizer: Any, parameters: list[Any]) -> tuple[Any, Any]:
+        """DeepSpeed's wrapped optimizer and the basic one inside, for ``parameters`` (or groups of them)."""
+        super()._configure_optimizer(client_optimizer, parameters)
+        return self.optimizer, self.basic_optimizer
+
+    def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any) -> Any:
+        """The JSON's or the client's LR scheduler for one optimizer; None where there is none."""
+        self.optimizer, self.basic_optimizer = optimizer, basic_optimizer
+        super()._configure_lr_scheduler()
+        return self.lr_scheduler
+
+    def run_schedule(self, schedule: PipeSchedule) -> None:
+        """Execute every instruction of ``schedule``."""
+        self._exec_schedule(schedule)
+
+    def next_batch(self) -> Any:
+        """The next batch of the data iterator, after ``batch_fn``."""
+        return self._next_batch()
+
+    def allreduce_gradients_of(self, grads: list[Tensor]) -> None:
+        """Average ``grads`` over the data-parallel replicas, in place."""
+        if self.is_data_parallel and grads:
+            self._reduce_non_expert_gradients(grads, 500_000_000)
+
+    def reduce_outputs(self, outputs: list[Any], reduce: str | None, micro_batches: int) -> Any:
+        """DeepSpeed's reduction of what evaluation gave."""
+        if reduce is not None and outputs and not isinstance(outputs[0], Tensor):
+            raise ValueError(f"eval_batch(reduce_output={reduce!r}) averages losses that are single tensors; for tuples take "
+                             "reduce_output=None and reduce the list that comes back")
+        return self._reduce_outputs(outputs, reduce=reduce, micro_batches=micro_batches)
+
+    def broadcast_from_last(self, value: Any) -> Tensor:
+        """``value`` of the last pipe rank, on every rank."""
+        return self._bcast_pipe_scalar(value)
+
+    # -- the private names -----------------------------------------------------------------------------------------------
+
+    @property
+    def _INSTRUCTION_MAP(self) -> Mapping[type, Any]:  # noqa: N802  (DeepSpeed's name)
+        return self.instruction_map
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        self.configure_optimizers(client_optimizer, model_parameters)
+
+    def _configure_lr_scheduler(self) -> None:
+        self.configure_lr_schedulers()
+
+    def _backward_post_hook(self) -> None:
+        """DeepSpeed's epilogue of a whole-model backward; stages count their own."""
+
+
+def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any]) -> float | None:
+    """Average the gradients over replicas, clip by this optimizer's own norm, step, and clear.
+
+    Returns:
+        The gradient norm before clipping, where it was computed.
+    """
+    norm: float | None = None
+    if isinstance(optimizer, BF16_Optimizer):
+        engine.allreduce_gradients_of(optimizer.get_grads_for_reduction()[0])
+        optimizer.step()
+        norm = optimizer._global_grad_norm
+    elif hasattr(optimizer, "reduce_gradients"):  # ZeRO-1
+        optimizer.set_gradient_accumulation_boundary(True)
+        optimizer.reduce_gradients(pipeline_parallel=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.set_gradient_accumulation_boundary(False)
+        norm = optimizer._global_grad_norm
+    else:
+        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None])
+        clip = engine.gradient_clipping()
+        if clip > 0:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+    return norm
+
+
+def accumulate(optimizer: Any) -> None:
+    """After a micro-batch's backward: where the optimizer accumulates in float32 (bf16), add and clear."""
+    if isinstance(optimizer, BF16_Optimizer):
+        optimizer.update_hp_grads(clear_lp_grads=False)
+        optimizer.clear_lp_grads()
+
+
+def accumulated(optimizer: Any, parameters: list[Any]) -> list[Tensor | None]:
+    """The gradients accumulated so far, one per parameter; for a checkpoint in the middle of an accumulation."""
+    if isinstance(optimizer, BF16_Optimizer):
+        return [flat for group in optimizer.fp32_groups_gradients_flat for flat in (group,)]
+    return [p.grad for p in parameters]
+
+
+def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tensor | None]) -> None:
+    """The inverse of :func:`accumulated`."""
+    if isinstance(optimizer, BF16_Optimizer):
+        for flat, saved in zip(optimizer.fp32_groups_gradients_flat, grads):
+            assert saved is not None
+            flat.copy_(saved)
+        return
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def load_optimizer(optimizer: Any, state: Any) -> None:
+    """Load what ``optimizer.state_dict()`` gave on this rank."""
+    if isinstance(optimizer, BF16_Optimizer) or hasattr(optimizer, "reduce_gradients"):
+        rank = dist.get_rank(group=optimizer.dp_process_group)
+        # Both index a list of all replicas' states by their own rank and need nothing of the others.
+        states = [state if r == rank else None for r in range(dist.get_world_size(group=optimizer.dp_process_group))]
+        optimizer.load_state_dict(states, load_optimizer_states=True)
+    else:
+        optimizer.load_state_dict(state)

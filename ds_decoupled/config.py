@@ -1,0 +1,212 @@
+"""The ``decoupled`` block of a DeepSpeed JSON file: a method is a point on five axes.
+
+>>> parse_block({"decoupled": {"method": "petra"}}).axes()
+Axes(gradient='global', recover='reconstruct', weights='current', update='delayed', input='stream', hops=(1, 1))
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ds_decoupled.errors import ConfigError
+
+Gradient = Literal["global"]
+Recover = Literal["graph", "input", "reconstruct"]
+Weights = Literal["current", "stashed"]
+Update = Literal["flush", "delayed"]
+Input = Literal["stream"]
+Codec = Literal["none", "bf16"]
+
+BLOCK = "decoupled"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """One method: where gradients come from, what the backward pass finds, and when a stage steps (design: the axes).
+
+    ``hops = (a, b)``: ticks that a message takes from stage to stage, forward and backward.
+    """
+
+    gradient: Gradient
+    recover: Recover
+    weights: Weights
+    update: Update
+    input: Input
+    hops: tuple[int, int]
+
+    @property
+    def flush(self) -> bool:
+        return self.update == "flush"
+
+
+#: Under ``flush`` no message waits for a tick boundary that it need not wait for: one tick back between ranks is 1F1B.
+FLUSH_HOPS = (0, 1)
+
+PRESETS: dict[str, Axes] = {
+    "backprop": Axes("global", "graph", "current", "flush", "stream", FLUSH_HOPS),
+    "reversible": Axes("global", "reconstruct", "current", "flush", "stream", FLUSH_HOPS),
+    "pipedream": Axes("global", "graph", "stashed", "delayed", "stream", (0, 1)),
+    "delayed": Axes("global", "graph", "current", "delayed", "stream", (0, 1)),
+    "dsp": Axes("global", "input", "current", "delayed", "stream", (1, 1)),
+    "petra": Axes("global", "reconstruct", "current", "delayed", "stream", (1, 1)),
+}
+
+AXES: dict[str, tuple[str, ...]] = {
+    "gradient": get_args(Gradient),
+    "recover": get_args(Recover),
+    "weights": get_args(Weights),
+    "update": get_args(Update),
+    "input": get_args(Input),
+}
+
+
+class DecoupledConfig(BaseModel):
+    """The ``decoupled`` block.
+
+    Attributes:
+        method: a preset's name.
+        stages: J: a number, ``"ranks"`` (one per rank), ``"blocks"`` (one per block that the model marks), or the
+            layer indices at which stages begin and the last one ends.
+        partition: how layers are spread over stages and stages over ranks: ``"parameters"``, ``"uniform"``,
+            ``"profile"`` (measured time), or the layer indices at which ranks begin and the last one ends.
+        hops: ticks that a message takes from stage to stage, forward and backward.
+        gradient, recover, weights, update, input: override one axis of the preset.
+        codec: how floating-point payloads travel between ranks.
+        split_backward: send a gradient down before the weights' own gradients are computed.
+        track_gradients: compare the gradient used with the exact one every so many micro-batches; 0 is never.
+        timeout: seconds that a rank waits for a message before it gives up.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    method: str
+    stages: int | str | list[int] = "ranks"
+    partition: str | list[int] = "parameters"
+    hops: list[int] | tuple[int, int] | None = None
+    gradient: str | None = None
+    recover: str | None = None
+    weights: str | None = None
+    update: str | None = None
+    input: str | None = None
+    codec: str = "none"
+    split_backward: bool = False
+    track_gradients: int = 0
+    timeout: float = Field(default=600.0)
+
+    def axes(self) -> Axes:
+        """The preset with the user's overrides. Raises :class:`ConfigError` where they exclude each other."""
+        axes = PRESETS[self.method]
+        chosen = {name: getattr(self, name) for name in AXES if getattr(self, name) is not None}
+        axes = replace(axes, **chosen)
+        if self.hops is not None:
+            if axes.flush:
+                raise ConfigError(f"{BLOCK}.hops", list(self.hops), 'with "update": "flush" nothing crosses an update',
+                                  'Leave "hops" out, or take a method with a delayed update.')
+            axes = replace(axes, hops=(self.hops[0], self.hops[1]))
+        elif axes.flush:
+            axes = replace(axes, hops=FLUSH_HOPS)
+        if axes.flush and axes.weights == "stashed":
+            raise ConfigError(f"{BLOCK}.weights", "stashed",
+                              'with "update": "flush" the weights are the same in the forward and the backward pass',
+                              'Take "weights": "current", or "update": "delayed".')
+        return axes
+
+    @property
+    def is_plain_backprop(self) -> bool:
+        """Nothing to decouple: 1F1B with a flush, which DeepSpeed's own engine runs."""
+        return self.axes() == PRESETS["backprop"]
+
+
+def _choice(setting: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Take one of these, or leave the setting out."
+    raise ConfigError(setting, value, f"allowed are {', '.join(map(repr, allowed))}", hint)
+
+
+def _bounds(setting: str, value: list[int]) -> None:
+    if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in zip(value, value[1:])):
+        raise ConfigError(setting, value, "a list gives the layer at which each part begins, then the number of "
+                          "layers: it starts at 0 and grows", "For example [0, 4, 9] for two parts of nine layers.")
+
+
+def _check(config: DecoupledConfig) -> None:
+    _choice(f"{BLOCK}.method", config.method, tuple(PRESETS))
+    for name, allowed in AXES.items():
+        value = getattr(config, name)
+        if value is not None:
+            _choice(f"{BLOCK}.{name}", value, allowed)
+    _choice(f"{BLOCK}.codec", config.codec, get_args(Codec))
+    if isinstance(config.stages, str):
+        _choice(f"{BLOCK}.stages", config.stages, ("ranks", "blocks"))
+    elif isinstance(config.stages, int):
+        if config.stages < 1:
+            raise ConfigError(f"{BLOCK}.stages", config.stages, "at least 1 stage is needed",
+                              'Give a number, "ranks" or "blocks".')
+    else:
+        _bounds(f"{BLOCK}.stages", config.stages)
+    if isinstance(config.partition, str):
+        _choice(f"{BLOCK}.partition", config.partition, ("parameters", "uniform", "profile"))
+    else:
+        _bounds(f"{BLOCK}.partition", config.partition)
+    if config.hops is not None and (len(config.hops) != 2 or config.hops[0] < 0 or config.hops[1] < 1):
+        raise ConfigError(f"{BLOCK}.hops", list(config.hops), "two whole numbers [a, b] with a >= 0 and b >= 1: ticks "
+                          "from stage to stage, forward and backward", "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
+    if config.track_gradients < 0:
+        raise ConfigError(f"{BLOCK}.track_gradients", config.track_gradients, "0 (never) or every so many micro-batches",
+                          "For example 100, or leave the setting out.")
+    if not config.timeout > 0:  # also refuses NaN
+        raise ConfigError(f"{BLOCK}.timeout", config.timeout, "seconds, above 0", "Leave it out for 600.")
+    config.axes()
+
+
+def read_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dictionary, from a path or a dictionary."""
+    if isinstance(config, dict):
+        return config
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError("deepspeed_config", str(config), "a path to a JSON file", "Is the path right?")
+    try:
+        loaded = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("deepspeed_config", str(config), f"a JSON file is needed, and this is none: {error}",
+                          "Look at the place named.") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError("deepspeed_config", str(config), "a JSON object at the top",
+                          "Put the settings between { and }.")
+    return loaded
+
+
+def parse_block(config: str | Path | dict[str, Any]) -> DecoupledConfig | None:
+    """The ``decoupled`` block of a DeepSpeed configuration, checked; None where there is none.
+
+    Raises:
+        ConfigError: naming the setting, its value and what is allowed.
+    """
+    raw = read_json(config).get(BLOCK)
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise ConfigError(BLOCK, raw, 'an object such as {"method": "petra"}', "Leave it out for plain DeepSpeed.")
+    if "method" not in raw:
+        raise ConfigError(f"{BLOCK}.method", None, f"a method is needed: {', '.join(map(repr, PRESETS))}",
+                          'For example {"method": "petra"}.')
+    for key in raw:
+        _choice(BLOCK, key, tuple(DecoupledConfig.model_fields))
+    try:
+        parsed = DecoupledConfig(**raw)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        types = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors() if e["loc"][0] == name)
+        raise ConfigError(f"{BLOCK}.{name}", raw[name], f"needed is {' or '.join(types)}",
+                          "In JSON, numbers, true and false stand without quotes.") from error
+    _check(parsed)
+    return parsed

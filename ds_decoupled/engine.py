@@ -1,0 +1,400 @@
+"""The engine: runs a plan on DeepSpeed's pipeline engine.
+
+One micro-batch's way: the data iterator (:meth:`_load`), each stage's forward (:meth:`_forward`), loss and backward on the
+last stage (:meth:`_loss`), each stage's backward (:meth:`_backward`), each stage's own update (:meth:`_update`); between
+ranks by :mod:`ds_decoupled.links`. What happens in which order is the plan's business (:mod:`ds_decoupled.schedules`), how a
+stage goes forward and back is the stage's (:mod:`ds_decoupled.stages`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from ds_decoupled import compat
+from ds_decoupled import instructions as ins
+from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
+from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.links import CODECS, Message
+from ds_decoupled.network import Network
+from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, restrict
+from ds_decoupled.schedules import Placement, Plan
+from ds_decoupled.stages import LayerSeeds, Stage, check_reconstruct
+from ds_decoupled.tensors import Tensors, to_device
+from ds_decoupled.tracker import GradientTracker
+
+
+class DecoupledPipelineEngine(compat.PipelineEngineBase):
+    """A pipeline engine whose stages are decoupled as the JSON's ``decoupled`` block says.
+
+    Made by :func:`ds_decoupled.initialize`. ``train_batch``, ``eval_batch``, ``save_checkpoint`` and ``load_checkpoint`` are
+    DeepSpeed's; :meth:`drain` finishes what is in flight. Only the first stage's ranks need a data iterator.
+
+    Attributes:
+        stages: this rank's stages, by number.
+        placement: all stages and their ranks.
+        plan: who does what, when.
+    """
+
+    def __init__(self, *args: Any, decoupled: DecoupledConfig, placement: Placement, **kwargs: Any) -> None:
+        self.decoupled = decoupled
+        self.axes = decoupled.axes()
+        self.placement = placement
+        self.stages: dict[int, Stage] = {}
+        self.stage_optimizers: dict[int, StageOptimizer] = {}
+        super().__init__(*args, **kwargs)
+        self.optimizer = StageOptimizers(self.stage_optimizers)
+        last = placement.stages - 1
+        wants = {s: stage.wants_output for s, stage in self.stages.items()}
+        everywhere: dict[int, bool] = {}
+        for part in compat.gather_objects(wants):
+            everywhere.update(part)
+        check_reconstruct(any(everywhere.values()), self.axes, [stage.layer_names for stage in self.stages.values()])
+        self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
+                              flush=self.axes.flush, split_backward=decoupled.split_backward,
+                              wants_output=frozenset(s for s, wanted in everywhere.items() if wanted))
+        self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
+                               track=decoupled.track_gradients > 0)
+        self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None
+        self.holds_loss = last in self.stages
+        self._top = max(self.stages)
+
+        self._first_micro_batch = 0  # of this run, that is since the start or the last drain
+        self._fed = 0  # micro-batches of this run
+        self._tick = 0  # the next one of this run
+        self._end: int | None = None  # the micro-batch at which the data ended, once that is known
+        self._batches: deque[Any] = deque()
+        self._losses: list[Tensor] = []
+        self.train_seconds = 0.0
+
+    # -- optimizers ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
+        """One optimizer per stage, of the client's kind or the JSON's."""
+        self._build_stages()
+        parameters = list(model_parameters)
+        for index, stage in self.stages.items():
+            own = restrict(parameters, stage.trainable)
+            client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
+            optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
+            self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic)
+
+    def configure_lr_schedulers(self) -> None:
+        """One LR scheduler per stage, which counts that stage's updates."""
+        for stage in self.stage_optimizers.values():
+            if stage.optimizer is not None:
+                stage.lr_scheduler = self.build_lr_scheduler(stage.optimizer, stage.basic_optimizer)
+
+    def _build_stages(self) -> None:
+        rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
+        seeds = LayerSeeds(getattr(self.module, "base_seed", 0), self.mpu.get_data_parallel_rank(), self.device)
+        start = self.placement.rank_layer_bounds[rank]
+        for index in self.placement.stages_of(rank):
+            layers = self.placement.layers_of(index)
+            functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
+            puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
+            self.stages[index] = Stage(index, functions, layers.start, self.axes, index == self.placement.stages - 1,
+                                       self.module.loss_fn, seeds, split_backward=puts_off)
+
+    # -- training --------------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """Feed k new micro-batches and do all that is due meanwhile.
+
+        Args:
+            data_iter: yields ``(inputs, labels)``; needed on the first stage's ranks alone.
+
+        Returns:
+            The mean loss of the micro-batches whose loss (on the rank of the last stage) or whose gradient (elsewhere)
+            this rank dealt with in this call, averaged over data-parallel replicas; NaN if there was none, as while the
+            pipeline fills. No rank waits for another to report it.
+
+        Raises:
+            StopIteration: if the data ended, on every rank, though not in the same call. What is in flight stays there:
+                :meth:`drain` finishes it, and training can go on with new data.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        start = time.perf_counter()
+        self.module.train()
+        self._losses.clear()
+        if self._end is None:
+            self._fed += self.plan.k
+            if self.is_first_stage():
+                self._fetch()
+            self._run_ticks(self._tick + self.plan.k + (self.plan.ticks.drain if self.axes.flush else 0))
+        end = self._end
+        if self.axes.flush:
+            self._start_run()
+        loss = self._mean_loss()
+        self.train_seconds += time.perf_counter() - start
+        if end is not None:
+            raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
+        self._after_batch(loss)
+        return loss
+
+    def _fetch(self) -> None:
+        """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
+        first = self._first_micro_batch + self._fed - self.plan.k
+        fetched = []
+        try:
+            for _ in range(self.plan.k):
+                fetched.append(self.next_batch())
+        except StopIteration:
+            self._data_ended(first)
+        else:
+            self._batches.extend(fetched)
+
+    def _data_ended(self, micro_batch: int) -> None:
+        """``micro_batch`` and those after it will not come; the next rank learns it at once."""
+        if self._end is None:
+            self._end = micro_batch
+            self._fed = micro_batch - self._first_micro_batch
+            self.network.pass_on_end(micro_batch)
+
+    def _run_ticks(self, end: int) -> None:
+        """Work through this rank's list up to tick ``end``."""
+        self.network.expect(end, self._fed, self._first_micro_batch)
+        schedule = ins.DecoupledSchedule(self.plan, self.stage_id, range(self._tick, end), self._fed, self._first_micro_batch)
+        self.run_schedule(schedule)
+        self._tick = end
+        if self.tracker is not None:
+            self.tracker.after_ticks()
+
+    def _start_run(self) -> None:
+        """Nothing is in flight: ticks count from 0 again, micro-batches go on."""
+        self._first_micro_batch += self._fed
+        self._fed = self._tick = 0
+        self._end = None
+        self.network.start_run()
+
+    def drain(self) -> Tensor:
+        """Finish every micro-batch in flight, on all ranks; every stage then has made the same number of updates.
+
+        Returns:
+            The mean loss of what was finished, as :meth:`train_batch` gives it.
+        """
+        self.module.train()
+        self._losses.clear()
+        self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
+        self._start_run()
+        return self._mean_loss()
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches that have been fed and are not yet through every stage."""
+        return max(0, min(self._fed, self._fed + self.plan.ticks.drain - self._tick))
+
+    def _mean_loss(self) -> Tensor:
+        if not self._losses:
+            return torch.full((), float("nan"), device=self.device)
+        loss = torch.stack([value.float().reshape(()) for value in self._losses]).mean()
+        if self.is_data_parallel:
+            dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
+            loss /= self.dp_world_size
+        return loss
+
+    def _after_batch(self, loss: Tensor) -> None:
+        """Count, log and monitor, as DeepSpeed does."""
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        self.agg_train_loss = loss
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples),
+                                       ("Train/Samples/lr", self.get_lr()[0], self.global_samples)])
+        every = self.steps_per_print()
+        if self.global_rank == 0 and every is not None and self.global_steps % every == 0:
+            rate = self.train_batch_size() * self.global_steps / self.train_seconds
+            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} samples/sec: {rate:0.3f}", flush=True)
+
+    # -- instructions ------------------------------------------------------------------------------------------------------
+
+    def _ended(self, micro_batch: int) -> bool:
+        return self._end is not None and micro_batch >= self._end
+
+    def _load(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        batch = self._batches.popleft()
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"the data iterator must yield (inputs, labels); micro-batch {micro_batch} is a {type(batch).__name__}")
+        inputs, labels = (part if isinstance(part, Tensor) else tuple(part) for part in batch)
+        inputs, labels = to_device(inputs, self.device), to_device(labels, self.device)
+        if self.tracker is not None:
+            self.tracker.loaded(micro_batch, inputs, labels)
+        self.network.activations[stage].send(Message(micro_batch, (inputs, labels)))
+
+    def _forward(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, forward").parts
+        outputs = self.stages[stage].forward(micro_batch, inputs)
+        self.network.activations[stage + 1].send(Message(micro_batch, (outputs, labels)))
+
+    def _loss(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, loss").parts
+        if self.tracker is not None:
+            self.tracker.begin(stage, micro_batch)
+        result = self.stages[stage].loss_and_backward(micro_batch, inputs, labels, 1 / self.plan.k)
+        self._losses.append(result.loss)
+        self._after_backward(stage, micro_batch, result.inputs, result.grads, result.loss)
+
+    def _backward(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        grads, outputs, loss = self.network.gradients[stage].recv(micro_batch, f"stage {stage}, backward").parts
+        if self.tracker is not None:
+            self.tracker.begin(stage, micro_batch)
+        inputs, input_grads = self.stages[stage].backward(micro_batch, outputs, grads)
+        if stage == self._top:
+            self._losses.append(loss)
+        self._after_backward(stage, micro_batch, inputs, input_grads, loss)
+
+    def _after_backward(self, stage: int, micro_batch: int, inputs: Tensors, grads: Any, loss: Tensor) -> None:
+        if stage > 0:
+            reconstruction = inputs if stage - 1 in self.plan.wants_output else None
+            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
+        if self.stages[stage].deferred is None:
+            self._gradients_complete(stage, micro_batch)
+
+    def _gradients_complete(self, stage: int, micro_batch: int) -> None:
+        """The micro-batch's gradients are in ``.grad``."""
+        if self.tracker is not None:
+            self.tracker.end(stage, micro_batch)
+        self.stage_optimizers[stage].accumulate()
+
+    def _update(self, stage: int, micro_batch: int) -> None:
+        if self._ended(self._first_micro_batch + (micro_batch + 1) * self.plan.k - 1):
+            return
+        self.stages[stage].weights.before_update()
+        self.stage_optimizers[stage].step()
+
+    def _send_activation(self, stage: int, micro_batch: int) -> None:
+        if not self._ended(micro_batch):
+            self.network.send_activation(stage, micro_batch)
+
+    def _recv_activation(self, stage: int, micro_batch: int) -> None:
+        end = self.network.recv_activation(stage, micro_batch)
+        if end is not None:
+            self._data_ended(end)
+
+    def _send_gradient(self, stage: int, micro_batch: int) -> None:
+        if not self._ended(micro_batch):
+            self.network.send_gradient(stage, micro_batch)
+
+    def _recv_gradient(self, stage: int, micro_batch: int) -> None:
+        if not self._ended(micro_batch):
+            self.network.recv_gradient(stage, micro_batch)
+
+    def _weight_gradients(self, stage: int, micro_batch: int) -> None:
+        if not self._ended(micro_batch):
+            self.stages[stage].finish_backward()
+            self._gradients_complete(stage, micro_batch)
+
+    instruction_map = {
+        ins.Load: _load,
+        ins.Forward: _forward,
+        ins.ForwardLossBackward: _loss,
+        ins.Backward: _backward,
+        ins.BackwardRecompute: _backward,
+        ins.BackwardReconstruct: _backward,
+        ins.WeightGradients: _weight_gradients,
+        ins.Update: _update,
+        ins.SendActivation: _send_activation,
+        ins.RecvActivation: _recv_activation,
+        ins.SendGradient: _send_gradient,
+        ins.RecvGradient: _recv_gradient,
+        ins.SendReconstruction: _send_gradient,
+        ins.RecvReconstruction: _recv_gradient,
+    }
+
+    # -- evaluation -----------------------------------------------------------------------------------------------------------
+
+    def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
+                   reduce_output: str | None = "avg", bcast_loss: bool = True, num_micro_batches: int | None = None) -> Any:
+        """Evaluate ``num_micro_batches`` (by default k) micro-batches with the weights as they are.
+
+        Works at any time; what is in flight is left untouched. Micro-batches may have any size. Arguments and result are
+        DeepSpeed's; only the first stage's ranks need the iterator.
+        """
+        count = self.micro_batches if num_micro_batches is None else num_micro_batches
+        self.module.eval()
+        self.network.expect_evaluation(count)
+        with torch.no_grad():
+            results = [self._evaluate(m, data_iter, compute_loss) for m in range(count)]
+        value = logits = None
+        if self.holds_loss:
+            value = self.reduce_outputs([loss for loss, _ in results], reduce_output, count)
+            logits = results[-1][1]
+        if compute_loss and bcast_loss:
+            value = self.broadcast_from_last(value)
+        return (value, logits) if return_logits else value
+
+    def _evaluate(self, micro_batch: int, data_iter: Iterator[Any], compute_loss: bool) -> Any:
+        """One micro-batch through this rank's stages; on the last one ``(loss, outputs)``."""
+        if self.is_first_stage():
+            try:
+                batch = next(data_iter)
+            except StopIteration:
+                self.network.end_evaluation(micro_batch)
+                raise
+            batch = self.batch_fn(batch) if self.batch_fn else batch
+            x, labels = (to_device(part if isinstance(part, Tensor) else tuple(part), self.device) for part in batch)
+        else:
+            x, labels = self.network.recv_evaluation(micro_batch).parts
+        for stage in self.stages.values():
+            x = stage.plain_forward(micro_batch, x)
+        if self.holds_loss:
+            loss = self.stages[self._top].loss(x, labels) if compute_loss else x
+            return loss, x
+        self.network.send_evaluation(Message(micro_batch, (x, labels)))
+        return None
+
+    # -- checkpoints and reports ----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
+                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
+        """Save weights (DeepSpeed's layer files), optimizers and all that is in flight. All ranks must call it."""
+        return save_checkpoint(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[str | None, dict[str, Any] | None]:
+        """Load a checkpoint, on the same or another number of pipe ranks; training goes on as if it had never stopped.
+
+        Returns:
+            The checkpoint's path and the client's state; ``(None, None)`` where there is none.
+        """
+        return load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
+                               load_module_only)
+
+    def decoupled_summary(self) -> dict[str, Any]:
+        """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
+        local = {
+            "records": {s: stage.peak_in_flight for s, stage in self.stages.items()},
+            "updates": {s: stage.updates for s, stage in self.stage_optimizers.items()},
+            "bytes": self.network.bytes_sent(), "messages": self.network.messages_sent(),
+            "tracked": self.tracker.results if self.tracker is not None else [],
+        }
+        parts = compat.gather_objects(local)
+        by_stage = {name: [value for _, value in sorted({s: v for p in parts for s, v in p[name].items()}.items())]
+                    for name in ("records", "updates")}
+        ticks = self.plan.ticks
+        return {"method": self.decoupled.method, "stages": self.placement.stages, "hops": list(self.axes.hops),
+                "delays": [ticks.delay(s) for s in range(ticks.stages)] if not self.axes.flush else [0] * ticks.stages,
+                "peak_records_in_flight": by_stage["records"], "updates": by_stage["updates"],
+                "bytes_sent": sum(p["bytes"] for p in parts), "messages_sent": sum(p["messages"] for p in parts),
+                "stage_layers": [list(self.placement.layers_of(s)) for s in range(self.placement.stages)],
+                "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],
+                "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
+                                           key=lambda row: (row["micro_batch"], row["stage"]))}

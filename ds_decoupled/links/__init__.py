@@ -1,0 +1,8 @@
+"""How a message travels, and its codecs."""
+
+from ds_decoupled.links.codec import CODECS, Codec
+from ds_decoupled.links.local import LocalLink
+from ds_decoupled.links.message import Message
+from ds_decoupled.links.remote import RemoteReceiver, RemoteSender
+
+__all__ = ["CODECS", "Codec", "LocalLink", "Message", "RemoteReceiver", "RemoteSender"]

@@ -1,0 +1,31 @@
+"""A link between two stages of one rank: a queue."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ds_decoupled.errors import LinkError
+from ds_decoupled.links.message import Message
+
+
+class LocalLink:
+    """First in, first out; a micro-batch other than the one that is due is an error at once."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Message] = deque()
+
+    def send(self, message: Message) -> None:
+        self.queue.append(message)
+
+    def recv(self, micro_batch: int, what: str) -> Message:
+        """The message of ``micro_batch``; ``what`` says in an error who waited for what."""
+        if not self.queue:
+            raise LinkError(f"{what}: nothing was sent")
+        return check(self.queue.popleft(), micro_batch, what)
+
+
+def check(message: Message, micro_batch: int, what: str) -> Message:
+    """``message``, if it is the one that is due."""
+    if message.micro_batch != micro_batch:
+        raise LinkError(f"{what}: micro-batch {message.micro_batch} came instead of {micro_batch}")
+    return message

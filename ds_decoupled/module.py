@@ -1,0 +1,217 @@
+"""A DeepSpeed ``PipelineModule`` whose layers are cut into J stages on P ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+
+from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs
+from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.nn.blocks import block_starts
+from ds_decoupled.profile import layer_times
+from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
+from ds_decoupled.stages.randomness import mix
+
+
+@contextmanager
+def _seeded(seed: int) -> Any:
+    """Within, torch's generators start from ``seed``; outside, nothing has happened to them."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class SeededLayerSpec(LayerSpec):
+    """A ``LayerSpec`` whose parameters depend on the seed and the layer's index alone, wherever and whenever it is built."""
+
+    def __init__(self, spec: LayerSpec, seed: int) -> None:
+        super().__init__(spec.typename, *spec.module_args, **spec.module_kwargs)
+        self.seed = seed
+
+    def build(self, log: bool = False) -> nn.Module:
+        with _seeded(self.seed):
+            return super().build(log)
+
+
+class SeededTiedLayerSpec(TiedLayerSpec):
+    """The same for a ``TiedLayerSpec``; its seed is that of the key, because the layer is shared."""
+
+    def __init__(self, spec: TiedLayerSpec, seed: int) -> None:
+        super().__init__(spec.key, spec.typename, *spec.module_args, forward_fn=spec.forward_fn,
+                         tied_weight_attr=spec.tied_weight_attr, **spec.module_kwargs)
+        self.seed = seed
+
+    def build(self, log: bool = False) -> nn.Module:
+        with _seeded(self.seed):
+            return super().build(log)
+
+
+def _with_seed(layer: Any, index: int, base_seed: int) -> Any:
+    if isinstance(layer, TiedLayerSpec):
+        return SeededTiedLayerSpec(layer, mix(base_seed, *layer.key.encode()))
+    if isinstance(layer, LayerSpec):
+        return SeededLayerSpec(layer, mix(base_seed, index))
+    return layer
+
+
+class DecoupledPipelineModule(PipelineModuleBase):
+    """A ``PipelineModule`` with stages smaller than ranks.
+
+    >>> model = DecoupledPipelineModule(layers, config="ds_configs/petra.json", loss_fn=loss)     # doctest: +SKIP
+
+    Args:
+        layers: as for ``PipelineModule``: ``LayerSpec``s, modules or functions; each takes and returns a tensor or a
+            tuple of tensors. Layers from a ``LayerSpec`` get the same initial weights for every number of ranks.
+        num_stages: P, the ranks of the pipe axis (DeepSpeed's name); by default the world size.
+        config: the DeepSpeed configuration (path or dictionary); its ``decoupled`` block says ``stages`` and
+            ``partition``.
+        stages: overrides the block's ``stages``.
+        partition: overrides the block's ``partition``; ``partition_method`` is its name in DeepSpeed and works too.
+        sample_input: an input of the first layer, needed by ``"partition": "profile"``.
+        base_seed: seed of the layers' weights and of dropout.
+        **kwargs: as for ``PipelineModule`` (``loss_fn``, ``topology``, ...).
+
+    Raises:
+        ConfigError: if J is below P or above the number of layers, or bounds do not fit the layers.
+    """
+
+    def __init__(self, layers: Sequence[Any], num_stages: int | None = None, *, topology: Any = None,
+                 config: str | Path | dict[str, Any] | None = None, stages: int | str | list[int] | None = None,
+                 partition: str | list[int] | None = None, partition_method: str | None = None, sample_input: Any = None,
+                 base_seed: int = 1234, loss_fn: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+        import deepspeed
+
+        deepspeed.init_distributed()
+        layers = list(layers)
+        block = parse_block(config) if config is not None else None
+        given = block or DecoupledConfig(method="backprop")
+        self._starts = block_starts(layers)
+        self._stages_setting = stages if stages is not None else given.stages
+        self._partition_setting = partition or partition_method or given.partition
+        self._sample_input = sample_input
+        self.placement: Placement
+        specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
+        if topology is None and num_stages is None:
+            num_stages = torch.distributed.get_world_size()
+        super().__init__(specs, num_stages=num_stages, topology=topology, loss_fn=loss_fn, base_seed=base_seed,
+                         partition_method="uniform", **kwargs)
+        del self._sample_input
+
+    def rank_layer_bounds(self) -> list[int]:
+        """Cut the layers into stages, spread the stages over the ranks."""
+        weights = self._layer_weights()
+        stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts)
+        self.placement = place(stage_bounds, self.num_stages, weights, self._partition_setting)
+        return self.placement.rank_layer_bounds
+
+    def _layer_weights(self) -> list[float]:
+        """What each layer weighs in the partition."""
+        method = self._partition_setting
+        if method == "uniform" or isinstance(method, list):
+            return [1.0] * len(layer_specs(self))
+        if method == "parameters":
+            return layer_parameters(self)
+        if method == "profile":
+            if self._sample_input is None:
+                raise ConfigError(f"{BLOCK}.partition", "profile", "times the layers on a sample input",
+                                  "Give DecoupledPipelineModule a sample_input: one micro-batch of inputs.")
+            return layer_times(layer_specs(self), self._sample_input)
+        raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
+
+
+def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int]) -> list[int]:
+    """Layer indices at which stages begin, and the number of layers.
+
+    Args:
+        setting: the ``stages`` setting.
+        ranks: P.
+        weights: one per layer.
+        starts: the layers that begin a block, where the model marks them.
+    """
+    name, layers = f"{BLOCK}.stages", len(weights)
+    if isinstance(setting, list):
+        if setting[-1] != layers:
+            raise ConfigError(name, setting, f"the last bound is the number of layers, {layers}")
+        bounds = setting
+    elif setting == "blocks":
+        if not starts:
+            raise ConfigError(name, setting, "this model marks no blocks",
+                              "Mark first layers with ds_decoupled.nn.mark_block, or give a number of stages.")
+        bounds = [*starts, layers]
+    else:
+        count = ranks if setting == "ranks" else int(setting)
+        if count > layers:
+            raise ConfigError(name, setting, f"{count} stages need as many layers, the model has {layers}",
+                              f'Take at most {layers}, or "blocks".')
+        bounds = _cut(weights, count)
+    if len(bounds) - 1 < ranks:
+        raise ConfigError(name, setting, f"{len(bounds) - 1} stages (J) cannot fill {ranks} pipe ranks (P): J >= P",
+                          "Take more stages or fewer ranks.")
+    return bounds
+
+
+def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], partition: str | list[int]) -> Placement:
+    """Stages on ranks: balanced by weight, or at the user's layer bounds."""
+    name = f"{BLOCK}.partition"
+    if isinstance(partition, list):
+        if len(partition) != ranks + 1 or partition[-1] != stage_bounds[-1]:
+            raise ConfigError(name, partition, f"{ranks} ranks need {ranks + 1} bounds, the last of them the number of "
+                              f"layers, {stage_bounds[-1]}")
+        missing = [b for b in partition if b not in stage_bounds]
+        if missing:
+            raise ConfigError(name, partition, f"ranks begin where stages begin; no stage begins at {missing}",
+                              f"Stages begin at {stage_bounds[:-1]}.")
+        return Placement(tuple(stage_bounds), tuple(stage_bounds.index(b) for b in partition))
+    stage_weights = [sum(weights[a:b]) for a, b in zip(stage_bounds, stage_bounds[1:])]
+    return Placement(tuple(stage_bounds), tuple(_cut(stage_weights, ranks)))
+
+
+def _cut(weights: Sequence[float], parts: int) -> list[int]:
+    return balanced_bounds(weights, parts) if any(weights) else uniform_bounds(len(weights), parts)
+
+
+def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Placement:
+    """The placement of any ``PipelineModule``; a plain one keeps its rank boundaries and is cut further within them.
+
+    Raises:
+        ConfigError: if the stages asked for do not fit the module's rank boundaries.
+    """
+    if isinstance(module, DecoupledPipelineModule):
+        asked = module.placement.stages
+        expected = len(stage_bounds_of(setting, module.num_stages, [1.0] * len(layer_specs(module)), module._starts)) - 1
+        if module._stages_setting == setting or asked == expected:
+            return module.placement
+        if module.num_stages > 1:
+            raise ConfigError(f"{BLOCK}.stages", setting, f"the module was built with stages={module._stages_setting!r}",
+                              "Pass the same configuration to DecoupledPipelineModule(config=...).")
+        starts = module._starts
+    else:
+        starts = block_starts(layer_specs(module))
+    weights = layer_parameters(module)
+    parts: list[int] = list(module.parts)
+    ranks = len(parts) - 1
+    if setting == "ranks":
+        return Placement(tuple(parts), tuple(range(ranks + 1)))
+    if ranks == 1 or setting == "blocks" or isinstance(setting, list):
+        bounds = stage_bounds_of(setting, ranks, weights, starts)
+        return place(bounds, ranks, weights, parts)
+    # A number of stages on several ranks: each rank's run is cut further, in proportion to its layers.
+    count = int(setting)
+    stage_bounds_of(count, ranks, weights, starts)
+    shares = [max(1, round(count * (b - a) / parts[-1])) for a, b in zip(parts, parts[1:])]
+    while sum(shares) != count:
+        step = 1 if sum(shares) < count else -1
+        room = [(b - a - share if step > 0 else share - 1) for a, b, share in zip(parts, parts[1:], shares)]
+        shares[room.index(max(room))] += step
+    bounds = [0]
+    for start, stop, share in zip(parts, parts[1:], shares):
+        bounds += [start + cut for cut in _cut(weights[start:stop], share)[1:]]
+    return place(bounds, ranks, weights, parts)

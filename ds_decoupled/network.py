@@ -1,0 +1,226 @@
+"""One rank's links: a queue into every stage it holds, and a pair of remote links to each neighbour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_decoupled.links import Codec, LocalLink, Message, RemoteReceiver, RemoteSender
+from ds_decoupled.schedules import Plan
+
+#: One process group a direction, so that no message waits behind one that goes the other way; evaluation has its own, so
+#: that it may come at any time.
+_DIRECTIONS = ("forward", "backward", "evaluation", "exact forward", "exact backward")
+
+
+def _make_groups(grid: Any, track: bool) -> dict[str, Any]:
+    """This rank's process group of every direction; every rank makes all groups, in the same order."""
+    own = {}
+    for ranks in grid.pipe_groups:
+        for direction in _DIRECTIONS if track else _DIRECTIONS[:3]:
+            group = dist.new_group(ranks)
+            if grid.global_rank in ranks:
+                own[direction] = group
+    return own
+
+
+class Pair:
+    """A one-way chain of links along the pipe: from the neighbour before, to the neighbour after (either may be missing)."""
+
+    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codec: Codec,
+                 timeout: float) -> None:
+        self.receiver = None if before is None else RemoteReceiver(before, group, device, codec, timeout)
+        self.sender = None if after is None else RemoteSender(after, group, device, codec)
+
+
+class Network:
+    """The links of one rank.
+
+    Args:
+        grid: DeepSpeed's grid.
+        plan: the plan.
+        rank: this process's place on the pipe axis.
+        device: where tensors live.
+        codec: how values are written between ranks.
+        timeout: seconds that a receive may take.
+
+    Attributes:
+        activations: queue of messages ``(inputs, labels)`` into each local stage, and of what waits to be sent to the next.
+        gradients: queue of messages ``(gradients, reconstruction, loss)`` into each local stage, and of what waits to be sent
+            to the previous.
+    """
+
+    def __init__(self, grid: Any, plan: Plan, rank: int, device: torch.device, codec: Codec, timeout: float,
+                 track: bool = False) -> None:
+        self.plan, self.rank = plan, rank
+        stages = plan.placement.stages_of(rank)
+        self.bottom, self.top = stages[0], stages[-1]
+        self.activations = {s: LocalLink() for s in range(self.bottom, self.top + 2)}
+        self.gradients = {s: LocalLink() for s in range(self.bottom - 1, self.top + 1)}
+        below = grid.stage_to_global(rank - 1) if rank > 0 else None
+        above = grid.stage_to_global(rank + 1) if rank < plan.placement.ranks - 1 else None
+        self._up: dict[str, Pair] = {}
+        if plan.placement.ranks > 1:
+            for name, group in _make_groups(grid, track).items():
+                ends = (above, below) if "backward" in name else (below, above)
+                self._up[name] = Pair(group, *ends, device, codec, timeout)
+        else:
+            self._up = {name: Pair(None, None, None, device, codec, timeout) for name in _DIRECTIONS}
+        self._forward, self._backward = self._up["forward"], self._up["backward"]
+        self.start_run()
+
+    def chain(self, name: str) -> Pair:
+        """The links of one direction."""
+        return self._up[name]
+
+    # -- what will come -------------------------------------------------------------------------------------------------
+
+    def start_run(self) -> None:
+        """Micro-batches of a new run follow; nothing is in flight."""
+        self._activations_expected = self._gradients_expected = 0  # of this run
+        self._gradients_due = 0
+        self._sent_up = 0
+        for receiver in (self._forward.receiver, self._backward.receiver):
+            if receiver is not None:
+                receiver.end = None
+
+    def expect(self, end_tick: int, fed: int, first: int) -> None:
+        """The neighbours will have worked through their ticks before ``end_tick`` when they are where this rank will be."""
+        self._first = first
+        ticks = self.plan.ticks
+        if self._forward.receiver is not None:
+            until = min(fed, end_tick - ticks.forward(self.bottom - 1, 0))
+            self._forward.receiver.expect(first + m for m in range(self._activations_expected, until))
+            self._activations_expected = max(self._activations_expected, until)
+        if self._backward.receiver is not None:
+            self._gradients_due = min(fed, end_tick - ticks.backward(self.top + 1, 0))
+            self._expect_gradients()
+
+    def _expect_gradients(self) -> None:
+        """A gradient is sure to come once its activation was sent, and its time has come."""
+        assert self._backward.receiver is not None
+        until = min(self._gradients_due, self._sent_up)
+        self._backward.receiver.expect(self._first + m for m in range(self._gradients_expected, until))
+        self._gradients_expected = max(self._gradients_expected, until)
+
+    # -- training ---------------------------------------------------------------------------------------------------------
+
+    def send_activation(self, stage: int, micro_batch: int) -> None:
+        assert self._forward.sender is not None
+        self._forward.sender.send(self.activations[stage + 1].recv(micro_batch, f"stage {stage}, sending its output"))
+        self._sent_up = micro_batch - self._first + 1
+        self._expect_gradients()
+
+    def recv_activation(self, stage: int, micro_batch: int) -> int | None:
+        """Take the stage's input in. Returns the micro-batch at which the data ended, once that is known."""
+        receiver = self._forward.receiver
+        assert receiver is not None
+        message = receiver.recv(micro_batch, self._waiting(stage, stage - 1, "the activation", micro_batch))
+        if message is not None:
+            self.activations[stage].send(message)
+        return receiver.end
+
+    def send_gradient(self, stage: int, micro_batch: int) -> None:
+        assert self._backward.sender is not None
+        self._backward.sender.send(self.gradients[stage - 1].recv(micro_batch, f"stage {stage}, sending its gradient"))
+
+    def recv_gradient(self, stage: int, micro_batch: int) -> None:
+        receiver = self._backward.receiver
+        assert receiver is not None
+        message = receiver.recv(micro_batch, self._waiting(stage, stage + 1, "the gradient", micro_batch))
+        assert message is not None
+        self.gradients[stage].send(message)
+
+    def pass_on_end(self, micro_batch: int) -> None:
+        """Tell the next rank that the data end before ``micro_batch``."""
+        if self._forward.sender is not None:
+            self._forward.sender.send_end(micro_batch)
+
+    def _waiting(self, stage: int, source: int, what: str, micro_batch: int) -> str:
+        ranks = self.plan.placement.rank_of_stage
+        return (f"stage {stage} (pipe rank {self.rank}) was waiting for {what} of micro-batch {micro_batch} from stage {source} "
+                f"(pipe rank {ranks[source]})")
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------------
+
+    def expect_evaluation(self, count: int) -> None:
+        """``count`` micro-batches follow for evaluation."""
+        receiver = self._up["evaluation"].receiver
+        if receiver is not None:
+            receiver.end = None
+            receiver.expect(range(count))
+
+    def recv_evaluation(self, micro_batch: int) -> Message:
+        """Raises StopIteration where the first rank's data ended."""
+        receiver = self._up["evaluation"].receiver
+        assert receiver is not None
+        message = receiver.recv(micro_batch, self._waiting(self.bottom, self.bottom - 1, "the evaluation", micro_batch))
+        if message is None:
+            self.end_evaluation(micro_batch)
+            raise StopIteration(f"the evaluation data ended before micro-batch {micro_batch}")
+        return message
+
+    def send_evaluation(self, message: Message) -> None:
+        sender = self._up["evaluation"].sender
+        assert sender is not None
+        sender.send(message)
+
+    def end_evaluation(self, micro_batch: int) -> None:
+        """The evaluation data ended."""
+        sender = self._up["evaluation"].sender
+        if sender is not None:
+            sender.send_end(micro_batch)
+
+    # -- counters and checkpoints -----------------------------------------------------------------------------------------------
+
+    def bytes_sent(self) -> int:
+        """Bytes that training sent to other ranks."""
+        return sum(pair.sender.bytes_sent for pair in (self._forward, self._backward) if pair.sender is not None)
+
+    def messages_sent(self) -> int:
+        """Messages that training sent to other ranks."""
+        return sum(pair.sender.messages_sent for pair in (self._forward, self._backward) if pair.sender is not None)
+
+    def pending(self) -> dict[str, dict[int, list[Message]]]:
+        """Messages on their way into this rank's stages."""
+        for receiver, what in ((self._forward.receiver, "activations"), (self._backward.receiver, "gradients")):
+            if receiver is not None:
+                receiver.collect(f"pipe rank {self.rank}, saving a checkpoint: {what} on their way")
+        activations = {s: list(self.activations[s].queue) for s in range(self.bottom, self.top + 1)}
+        gradients = {s: list(self.gradients[s].queue) for s in range(self.bottom, self.top + 1)}
+        if self._forward.receiver is not None:
+            activations[self.bottom] += self._forward.receiver.arrived
+        if self._backward.receiver is not None:
+            gradients[self.top] += self._backward.receiver.arrived
+        return {"activations": activations, "gradients": gradients}
+
+    def restore(self, pending: dict[str, dict[int, list[Message]]], end_tick: int, fed: int, first: int) -> None:
+        """The inverse of :meth:`pending`, on this or another placement.
+
+        Args:
+            pending: by kind and stage, for this rank's stages.
+            end_tick: ticks that all ranks have worked through.
+            fed: micro-batches of the run.
+            first: its first micro-batch.
+        """
+        self.start_run()
+        self._first = first
+        ticks = self.plan.ticks
+        for queues, kind in ((self.activations, "activations"), (self.gradients, "gradients")):
+            for s, queue in queues.items():
+                queue.queue.clear()
+                if self.bottom <= s <= self.top:
+                    queue.queue.extend(pending[kind][s])
+        for pair, kind, stage in ((self._forward, "activations", self.bottom), (self._backward, "gradients", self.top)):
+            queue = (self.activations if kind == "activations" else self.gradients)[stage].queue
+            if pair.receiver is not None:
+                pair.receiver.arrived.clear()
+                pair.receiver.arrived.extend(queue)
+                queue.clear()
+        if self._forward.receiver is not None:
+            self._activations_expected = max(0, min(fed, end_tick - ticks.forward(self.bottom - 1, 0)))
+        if self._backward.receiver is not None:
+            self._gradients_expected = max(0, min(fed, end_tick - ticks.backward(self.top + 1, 0)))
+            self._sent_up = max(0, min(fed, end_tick - ticks.forward(self.top, 0)))

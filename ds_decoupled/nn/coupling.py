@@ -1,0 +1,89 @@
+"""The reversible half-coupling: one residual function per block, the two streams swap.
+
+====================  =====================================================
+forward               ``(x1, x2) -> (y1, y2) = (x2 + F(x1), x1)``
+inverse               ``x1 = y2``, ``x2 = y1 - F(y2)``
+backward              ``dx2 = dy1``, ``dx1 = dy2 + J_F(x1)^T dy1``
+====================  =====================================================
+
+``x1`` comes back bit-exact under any weights; ``x2`` carries the change of ``F`` since the forward pass
+(PETRA, arXiv 2406.02052).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Streams = tuple[Tensor, ...]
+
+
+def _first_dtype(module: nn.Module) -> torch.dtype | None:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return None
+
+
+class ReversibleCoupling(nn.Module):
+    """``(x1, x2, *rest) -> (x2 + f(x1, *rest), x1, *rest)``.
+
+    Args:
+        f: the residual function; takes a tensor shaped like ``x1`` (and whatever travels behind the two streams,
+            such as an attention mask) and returns a tensor shaped like ``x2``.
+        stream_dtype: the streams' type, whatever the parameters' type. A stream of low precision would lose, in
+            every ``x2 + f`` and again in every ``y1 - f``, bits that no inverse brings back; in float32 the error
+            stays at float32 rounding while ``f`` itself computes in its parameters' type.
+
+    ``reverse`` is the fused backward: it computes ``f`` once, with its graph, and takes the reconstruction from the
+    value and the gradients from the graph (4 units of work where plain backpropagation has 3, not 5).
+    """
+
+    def __init__(self, f: nn.Module, stream_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.f = f
+        self.stream_dtype = stream_dtype
+
+    def _residual(self, x1: Tensor, rest: Streams) -> Tensor:
+        dtype = _first_dtype(self.f)
+        if dtype is not None and x1.dtype != dtype:
+            x1 = x1.to(dtype)
+        return self.f(x1, *rest)
+
+    def _as_stream(self, x: Tensor) -> Tensor:
+        """Raise to ``stream_dtype``; never lower (float64 streams stay float64)."""
+        return x.to(torch.promote_types(x.dtype, self.stream_dtype))
+
+    def forward(self, streams: Streams) -> Streams:
+        """Shapes: ``x1`` and ``x2`` alike; returns a tuple of the same shapes."""
+        x1, x2, *rest = streams
+        x1, x2 = self._as_stream(x1), self._as_stream(x2)
+        return (x2 + self._residual(x1, tuple(rest)), x1, *rest)
+
+    def inverse(self, streams: Streams) -> Streams:
+        """The input that gives ``streams``, under the current weights."""
+        y1, y2, *rest = streams
+        return (y2, y1 - self._residual(y2, tuple(rest)), *rest)
+
+    def reverse(self, outputs: Streams, grads: tuple[Tensor | None, ...]) -> tuple[Streams, tuple[Tensor | None, ...]]:
+        """Fused reconstruction and backward.
+
+        Args:
+            outputs: ``(y1, y2, *rest)``.
+            grads: ``(dy1, dy2, *ignored)``; None stands for zero.
+
+        Returns:
+            ``(x1, x2, *rest)`` and ``(dx1, dx2, *None)``; parameter gradients are added to ``.grad``.
+        """
+        y1, y2, *rest = outputs
+        dy1, dy2 = grads[0], grads[1]
+        with torch.enable_grad():
+            x1 = y2.detach().requires_grad_()
+            residual = self._residual(x1, tuple(rest))
+        x2 = y1 - residual.detach()
+        dx1 = dy2
+        if dy1 is not None and residual.requires_grad:
+            torch.autograd.backward(residual, dy1.to(residual.dtype))
+            if x1.grad is not None:
+                dx1 = x1.grad if dy2 is None else x1.grad.add_(dy2)
+        return (y2, x2, *rest), (dx1, dy1, *(None for _ in rest))

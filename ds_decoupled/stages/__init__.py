@@ -1,0 +1,7 @@
+"""How a stage goes forward and back: by its graph, by recomputation, by reconstruction."""
+
+from ds_decoupled.stages.randomness import LayerSeeds
+from ds_decoupled.stages.reversible import Invertible, is_invertible
+from ds_decoupled.stages.stage import LossResult, Stage, check_reconstruct
+
+__all__ = ["Invertible", "LayerSeeds", "LossResult", "Stage", "check_reconstruct", "is_invertible"]

@@ -1,0 +1,39 @@
+"""Batch-norm statistics move once per micro-batch, in the pass that the gradients come from.
+
+Where the backward pass runs the forward again, the first forward must normalise by the batch and leave the running
+statistics alone; a normalisation layer does just that while ``track_running_stats`` is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def tracking_modules(layers: Iterable[Any]) -> list[nn.Module]:
+    """The modules in ``layers`` that keep running statistics (batch norm, instance norm, and what derives from them)."""
+    found = []
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            found += [m for m in layer.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    return found
+
+
+@contextmanager
+def frozen_statistics(modules: list[nn.Module]) -> Iterator[None]:
+    """Within, ``modules`` normalise by the batch and do not move their running statistics.
+
+    Modules in evaluation mode (frozen by the user) go on using the statistics they have.
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.track_running_stats = True

@@ -1,0 +1,79 @@
+"""``recover: graph``: keep the autograd graph of the forward pass.
+
+Plain backpropagation's way (1 forward, 1 backward: 3 units of work); under a delayed update the graph keeps its
+activations and only notes of its weights (:mod:`ds_decoupled.stages.weights`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_decoupled.stages.batch_norm import frozen_statistics
+from ds_decoupled.stages.layers import backward, input_gradients, leaves
+from ds_decoupled.stages.run import Run
+from ds_decoupled.stages.weights import Saved, SavedActivation
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, to_device
+
+
+@dataclass
+class _Record:
+    inputs: Tensors
+    outputs: Tensors
+    saved: list[weakref.ref[Saved]] = field(default_factory=list)
+
+
+class GraphRun(Run):
+    """Forward with a graph, backward through it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._records: dict[int, _Record] = {}
+
+    def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
+        inputs = leaves(inputs, self.need_input_grad)
+        saved: list[weakref.ref[Saved]] = []
+        with torch.enable_grad(), self.weights.by_reference(saved):
+            outputs = self.layers.keep_input(inputs, micro_batch)
+        self._records[micro_batch] = _Record(inputs, outputs, saved)
+        return detach(outputs)
+
+    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:
+        record = self._records.pop(micro_batch)
+        backward(record.outputs, grads)
+        return detach(record.inputs), input_gradients(record.inputs)
+
+    def kept(self) -> Iterator[Tensor]:
+        for record in self._records.values():
+            yield from as_tuple(record.inputs)
+            yield from as_tuple(record.outputs)
+            for saved in (reference() for reference in record.saved):
+                if isinstance(saved, SavedActivation):
+                    yield saved.tensor
+
+    def state_dict(self) -> dict[int, Any]:
+        state = {}
+        for m, record in self._records.items():
+            saved = []
+            for reference in record.saved:
+                kept = reference()
+                # What the graph has let go already (a value that no backward needs) is not asked for again.
+                saved.append(torch.empty(0) if kept is None else
+                             kept.tensor.detach() if isinstance(kept, SavedActivation) else kept.as_dict())
+            state[m] = {"inputs": detach(record.inputs), "saved": saved}
+        return state
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        self._records.clear()
+        device = self.layers.seeds.device
+        for m, record in state.items():
+            inputs = leaves(to_device(record["inputs"], device), self.need_input_grad)
+            saved: list[weakref.ref[Saved]] = []
+            with torch.enable_grad(), self.weights.replay(record["saved"], saved), frozen_statistics(self.layers.norms):
+                outputs = self.layers.keep_input(inputs, m)
+            self._records[m] = _Record(inputs, outputs, saved)

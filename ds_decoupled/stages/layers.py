@@ -1,0 +1,75 @@
+"""Running layers one after the other, each with its own seed, on inputs that they may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_decoupled.stages.batch_norm import tracking_modules
+from ds_decoupled.stages.randomness import LayerSeeds
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
+
+Layer = Callable[[Any], Any]
+
+
+@dataclass
+class Layers:
+    """Consecutive layers of one stage.
+
+    Attributes:
+        functions: the layers.
+        first: the first one's index in the whole model.
+        seeds: their random seeds.
+    """
+
+    functions: Sequence[Layer]
+    first: int
+    seeds: LayerSeeds
+    norms: list[nn.Module] = field(init=False)
+    _copy_input: bool | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.norms = tracking_modules(self.functions)
+
+    def __call__(self, inputs: Tensors, micro_batch: int) -> Tensors:
+        """The last layer's output."""
+        x: Any = inputs
+        for index, layer in enumerate(self.functions, self.first):
+            self.seeds.set(index, micro_batch)
+            x = layer(x)
+        as_tuple(x)
+        return x
+
+    def keep_input(self, inputs: Tensors, micro_batch: int) -> Tensors:
+        """:meth:`__call__`, leaving ``inputs`` as they are even if the first layer works in place.
+
+        The first call finds out, on a copy, whether it does; only then are later inputs copied.
+        """
+        if self._copy_input is not None:
+            return self(map_tensors(Tensor.clone, inputs) if self._copy_input else inputs, micro_batch)
+        copies = map_tensors(Tensor.clone, inputs)
+        before = [t._version for t in as_tuple(copies)]
+        outputs = self(copies, micro_batch)
+        self._copy_input = before != [t._version for t in as_tuple(copies)]
+        return outputs
+
+
+def leaves(inputs: Tensors, need_grad: bool) -> Tensors:
+    """``inputs`` as the leaves of a new graph: floating-point ones collect gradients if ``need_grad``."""
+    return map_tensors(lambda t: t.detach().requires_grad_(need_grad and t.is_floating_point()), inputs)
+
+
+def backward(outputs: Tensors, grads: Gradients) -> None:
+    """Backpropagate ``grads`` from ``outputs``; pairs without a graph or without a gradient are left out."""
+    pairs = [(y, dy) for y, dy in zip(as_tuple(outputs), grads) if y.requires_grad and dy is not None]
+    if pairs:
+        torch.autograd.backward([y for y, _ in pairs], [dy.to(y.dtype) for y, dy in pairs])
+
+
+def input_gradients(inputs: Tensors) -> Gradients:
+    """What the leaves have collected; None where nothing reached one."""
+    return tuple(t.grad if t.requires_grad else None for t in as_tuple(inputs))

@@ -1,0 +1,72 @@
+"""``recover: reconstruct``: keep nothing; rebuild the input from the output.
+
+PETRA's and reversible backpropagation's way. A coupling with a fused ``reverse`` costs one forward and one backward in
+the backward pass (4 units of work in all); a layer with an ``inverse`` alone is inverted and then run again (5 units).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ds_decoupled.stages.batch_norm import frozen_statistics, tracking_modules
+from ds_decoupled.stages.layers import backward, input_gradients, leaves
+from ds_decoupled.stages.run import Run
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach
+
+
+@runtime_checkable
+class Invertible(Protocol):
+    """A layer that can be undone: ``inverse(outputs)`` gives the inputs, in the form that the layer takes them.
+
+    A layer may also have ``reverse(outputs, grads) -> (inputs, input grads)``, which adds the parameters' gradients to
+    ``.grad``; see :meth:`ds_decoupled.nn.ReversibleCoupling.reverse`.
+    """
+
+    def inverse(self, outputs: Any) -> Any: ...
+
+
+def is_invertible(layer: Any) -> bool:
+    """Whether ``layer`` brings an inverse."""
+    return isinstance(layer, nn.Module) and isinstance(layer, Invertible)
+
+
+class ReversibleRun(Run):
+    """Forward without a graph and without a record; backward rebuilds layer by layer from the output."""
+
+    wants_output = True
+    _checked = False
+
+    def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
+        before = [t._version for t in as_tuple(inputs)]
+        with torch.no_grad(), frozen_statistics(self.layers.norms):
+            outputs = self.layers(inputs, micro_batch)
+        if not self._checked:
+            self._checked = True
+            if before != [t._version for t in as_tuple(inputs)]:
+                raise RuntimeError(f"a reversible run (layers from {self.layers.first}) changes its input in place; "
+                                   "take in-place operations away from what a coupling's function is given")
+        return outputs
+
+    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:
+        assert outputs is not None, "a reversible run needs its output"
+        tensors = outputs
+        for index in reversed(range(len(self.layers.functions))):
+            tensors, grads = self._undo(index, micro_batch, tensors, grads)
+        return tensors, grads
+
+    def _undo(self, index: int, micro_batch: int, outputs: Tensors, grads: Gradients) -> tuple[Tensors, Gradients]:
+        layer: Any = self.layers.functions[index]
+        self.layers.seeds.set(self.layers.first + index, micro_batch)
+        if hasattr(layer, "reverse"):
+            return layer.reverse(outputs, grads)
+        with torch.no_grad(), frozen_statistics(tracking_modules([layer])):
+            rebuilt = detach(layer.inverse(outputs))
+        self.layers.seeds.set(self.layers.first + index, micro_batch)
+        inputs = leaves(rebuilt, True)
+        with torch.enable_grad():
+            again = layer(inputs)
+        backward(again, grads)
+        return rebuilt, input_gradients(inputs)

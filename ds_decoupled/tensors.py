@@ -1,0 +1,53 @@
+"""What layers take and return, as in DeepSpeed: a tensor, or a tuple of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+Tensors = Union[Tensor, tuple[Tensor, ...]]
+#: Gradients of a tuple: None where a tensor has none (integers, or outputs that nobody used).
+Gradients = tuple[Union[Tensor, None], ...]
+
+
+def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:
+    """A tuple, whatever came."""
+    if isinstance(tensors, Tensor):
+        return (tensors,)
+    if isinstance(tensors, (tuple, list)) and all(isinstance(t, Tensor) for t in tensors):
+        return tuple(tensors)
+    raise TypeError(f"a layer must return a tensor or a tuple of tensors, as in DeepSpeed; this one gave {_name(tensors)}")
+
+
+def like(structure: Tensors, tensors: tuple[Any, ...]) -> Any:
+    """``tensors`` in the form of ``structure``: alone where that is a single tensor."""
+    return tensors[0] if isinstance(structure, Tensor) else tensors
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
+    """``fn`` of each tensor, in the same form."""
+    return fn(tensors) if isinstance(tensors, Tensor) else tuple(fn(t) for t in as_tuple(tensors))
+
+
+def detach(tensors: Tensors) -> Tensors:
+    """The same values without a graph."""
+    return map_tensors(Tensor.detach, tensors)
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    """The same values on ``device``."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), tensors)
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of the values."""
+    return sum(t.numel() * t.element_size() for t in as_tuple(tensors))
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(sorted({type(v).__name__ for v in value}))}"
+    return type(value).__name__

@@ -1,0 +1,227 @@
+"""What the recipes share: starting and stopping processes, learning-rate schedules, the summary and its picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ds_decoupled.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def distributed(backend: str | None) -> Iterator[None]:
+    """Join the processes that the launcher started (or run alone), and leave cleanly.
+
+    A setting that cannot work ends the process with its message, Ctrl-C without one.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank % accelerator.device_count())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Every process would take all cores, and they would take turns.
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+    try:
+        deepspeed.init_distributed(dist_backend=backend, rank=int(os.environ["RANK"]))
+        yield
+        dist.barrier()
+        dist.destroy_process_group()
+    except ConfigError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def together(action: Callable[[], T] | None) -> T | None:
+    """Run ``action`` on the ranks that have one; if it fails on any rank, every rank raises that rank's error."""
+    result: T | None = None
+    failure: ConfigError | None = None
+    if action is not None:
+        try:
+            result = action()
+        except ConfigError as error:
+            failure = error
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, str(failure) if failure else None)
+    first = next((text for text in failures if text), None)
+    if failure is not None:
+        raise failure
+    if first is not None:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {first}")
+    return result
+
+
+def from_rank(source: int, value: T) -> T:
+    """``value`` of rank ``source``, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def largest(value: int) -> int:
+    """The largest ``value`` of all ranks."""
+    values = [0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
+def pipe_position(pipe_ranks: int | None) -> tuple[int, int, int, int]:
+    """``(pipe_ranks, pipe rank, replicas, replica)`` of this process; the replicas of a stage are neighbours."""
+    world = dist.get_world_size()
+    ranks = world if pipe_ranks is None else pipe_ranks
+    if ranks < 1 or world % ranks:
+        raise ConfigError("--pipe_ranks", ranks, f"it must divide the number of processes, which is {world}")
+    replicas = world // ranks
+    pipe_rank, replica = divmod(dist.get_rank(), replicas)
+    return ranks, pipe_rank, replicas, replica
+
+
+def read_config(path: str | None) -> dict[str, Any]:
+    """A DeepSpeed JSON file."""
+    if path is None:
+        raise ConfigError("--deepspeed_config", path, "a DeepSpeed JSON file is needed", "See ds_configs/")
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError("--deepspeed_config", path, f"it cannot be read ({error})", "See ds_configs/") from error
+    if not isinstance(config, dict):
+        raise ConfigError("--deepspeed_config", path, "the file must hold one JSON object", "See ds_configs/")
+    return config
+
+
+def batch_sizes(config: dict[str, Any], replicas: int) -> tuple[int, int]:
+    """``(micro-batch, k)`` by DeepSpeed's rule: ``train_batch_size = micro-batch * k * replicas``."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    micro, k, total = (config.get(name) for name in names)
+    for name, value in zip(names, (micro, k, total), strict=True):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(name, value, "it must be a whole number of at least 1")
+    if micro is None:
+        if total is None:
+            raise ConfigError(names[0], micro, f"it is needed, or {names[2]} is", "Set it in the DeepSpeed JSON")
+        micro = total // (replicas * (k or 1))
+    if k is None:
+        k = 1 if total is None or micro == 0 else total // (replicas * micro)
+    if total is not None and micro * k * replicas != total:
+        raise ConfigError(names[2], total, f"it must be micro-batch * k * replicas, here {micro} * {k} * {replicas}")
+    return micro, k
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two optimizer groups: weights, and what should not decay (biases and norms: parameters of one dimension)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def set_peak_lr(config: dict[str, Any], lr: float | None, rule: float) -> float:
+    """Write the peak learning rate into the optimizer's block: ``lr``, else the JSON's own, else ``rule``."""
+    params = config.setdefault("optimizer", {"type": "SGD"}).setdefault("params", {})
+    if lr is not None:
+        params["lr"] = lr
+    elif params.get("lr", "auto") == "auto":
+        params["lr"] = rule
+    return float(params["lr"])
+
+
+def lr_schedule(
+    kind: str, updates: int, warmup: int, steps: Sequence[float] = ()
+) -> Callable[[Optimizer], LambdaLR]:
+    """A scheduler, counted in updates, for each optimizer that it is given.
+
+    Args:
+        kind: ``cosine`` to zero, or ``steps``: times 0.1 at each of ``steps``, shares of all updates.
+        updates: how many there will be.
+        warmup: over so many the rate grows linearly to its peak.
+    """
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        if kind == "cosine":
+            done = (update - warmup) / max(1, updates - warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.1 ** sum(update >= share * updates for share in steps)
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held: on the accelerator's device, or without one in main memory."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def engine_numbers(engine: Any, pipe_ranks: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Method, stages, delays and traffic; a collective call. DeepSpeed's own engine counts no bytes: null."""
+    if hasattr(engine, "decoupled_summary"):
+        return dict(engine.decoupled_summary())
+    return {
+        "method": config.get("decoupled", {}).get("method", "deepspeed"),
+        "stages": pipe_ranks,
+        "delays": [0] * pipe_ranks,
+        "bytes_sent": 0 if pipe_ranks == 1 else None,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """``content`` with null for what is not a number."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
+
+
+def plot_curves(path: Path, title: str, train_loss: Sequence[float], score: Sequence[float], score_name: str) -> None:
+    """Training loss (left axis) and a score (right axis), one value an epoch; nan where none was taken."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    right = left.twinx()
+    for axis, values, name, colour in ((left, train_loss, "training loss", "C0"), (right, score, score_name, "C1")):
+        points = [(epoch, value) for epoch, value in enumerate(values, start=1) if math.isfinite(value)]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker=".", color=colour)
+        axis.set_ylabel(name, color=colour)
+    left.set_xlabel("epoch")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_title(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

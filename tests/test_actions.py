@@ -1,0 +1,44 @@
+"""Actions have a text form that reads back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_decoupled.schedules import Action, Kind, format_actions, parse_actions
+from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, parse_action
+
+actions = st.builds(Action, st.integers(0, 99), st.sampled_from(Kind), st.integers(0, 10**6))
+
+
+def test_text_form() -> None:
+    assert str(Action(3, Kind.FORWARD, 7)) == "3F7"
+    line = "0L0 0F0 0SA0 1RR12 1R12 1SR12 1W12 1U5"
+    assert format_actions(parse_actions(line)) == line
+    assert parse_actions("") == []
+
+
+@given(st.lists(actions))
+def test_reads_back(some: list[Action]) -> None:
+    assert parse_actions(format_actions(some)) == some
+
+
+@pytest.mark.parametrize("text", ["", "F7", "3F", "3f7", "3F-7", "3F7 ", "33", "3F7x"])
+def test_not_an_action(text: str) -> None:
+    with pytest.raises(ValueError, match="expected STAGE KIND MICRO-BATCH"):
+        parse_action(text)
+
+
+def test_unknown_kind_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'3Q7': no action kind 'Q'; there are L, F, X, B, C, R, W, U, SA"):
+        parse_action("3Q7")
+
+
+def test_kinds() -> None:
+    assert {k.value for k in Kind if k.is_backward} == {k.value for k in BACKWARDS} == {"B", "C", "R"}
+    assert {k.value for k in Kind if k.is_send} == {"SA", "SG", "SR"}
+    assert {k.value for k in Kind if k.is_recv} == {"RA", "RG", "RR"}
+    assert {MATCHING_SEND[recv] for recv in MATCHING_RECV.values()} == set(MATCHING_RECV)
+
+
+def test_an_action_is_a_value() -> None:
+    assert len({Action(1, Kind.BACKWARD, 2), parse_action("1B2")}) == 1
