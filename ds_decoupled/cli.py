@@ -104,7 +104,8 @@ def _k(raw: dict[str, Any], notes: list[str]) -> int:
     if batch is None or micro is None:
         return 1
     if batch % micro:
-        raise ConfigError("train_batch_size", batch, f'a multiple of "train_micro_batch_size_per_gpu", which is {micro}')
+        raise ConfigError("train_batch_size", batch,
+                          f'a multiple of "train_micro_batch_size_per_gpu", which is {micro}')
     notes.append('k is "train_batch_size" over "train_micro_batch_size_per_gpu", with one data-parallel replica')
     return batch // micro
 
@@ -113,11 +114,11 @@ def _k(raw: dict[str, Any], notes: list[str]) -> int:
 def methods() -> None:
     """List the presets and their place on the axes."""
     heads = ["method", "gradient", "recover", "weights", "update", "input", "hops"]
-    rows = [[name, axes.gradient, axes.recover, axes.weights, axes.update, axes.input, f"({axes.hops[0]}, {axes.hops[1]})"]
+    rows = [[name, axes.gradient, axes.recover, axes.weights, axes.update, axes.input, str(axes.hops)]
             for name, axes in PRESETS.items()]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     for row in [heads, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -132,7 +133,7 @@ def _choice(setting: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _bounds(setting: str, value: list[int]) -> None:
-    if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in zip(value, value[1:])):
+    if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
         raise ConfigError(setting, value, "a list gives the layer at which each part begins, then the number of "
                           "layers: it starts at 0 and grows", "For example [0, 4, 9] for two parts of nine layers.")
 
@@ -158,10 +159,11 @@ def _check(config: DecoupledConfig) -> None:
         _bounds(f"{BLOCK}.partition", config.partition)
     if config.hops is not None and (len(config.hops) != 2 or config.hops[0] < 0 or config.hops[1] < 1):
         raise ConfigError(f"{BLOCK}.hops", list(config.hops), "two whole numbers [a, b] with a >= 0 and b >= 1: ticks "
-                          "from stage to stage, forward and backward", "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
+                          "from stage to stage, forward and backward",
+                          "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
     if config.track_gradients < 0:
-        raise ConfigError(f"{BLOCK}.track_gradients", config.track_gradients, "0 (never) or every so many micro-batches",
-                          "For example 100, or leave the setting out.")
+        raise ConfigError(f"{BLOCK}.track_gradients", config.track_gradients,
+                          "0 (never) or every so many micro-batches", "For example 100, or leave the setting out.")
     if not config.timeout > 0:  # also refuses NaN
         raise ConfigError(f"{BLOCK}.timeout", config.timeout, "seconds, above 0", "Leave it out for 600.")
     config.axes()

@@ -106,7 +106,8 @@ def test_blocks_depend_on_the_model(config: Any) -> None:
 
 @pytest.mark.parametrize(("stages", "count"), [("ranks", 3), (5, 5), ([0, 2, 4, 9, 11], 4)])
 def test_stages(config: Any, stages: Any, count: int) -> None:
-    assert run("plan", config(decoupled("dsp", stages=stages)), "--ranks", "3").stdout.startswith(f"dsp: {count} stages on 3")
+    result = run("plan", config(decoupled("dsp", stages=stages)), "--ranks", "3")
+    assert result.stdout.startswith(f"dsp: {count} stages on 3 ranks")
 
 
 def test_one_rank_and_one_stage(config: Any) -> None:
@@ -149,7 +150,7 @@ def test_link_time_and_split_backward(config: Any) -> None:
         assert found is not None and ("W weights' gradients" in output) == bool(block.get("split_backward"))
         return float(found[1])
 
-    # Up seven ranks and down again, in eight ticks: 7 * 2 forwards and links, a loss, 6 backwards and links, a backward.
+    # In eight ticks up seven ranks, a forward and a link each, the last one's forward, down again, and one backward.
     assert speed() == pytest.approx((14 + 1 + 7 * 3 + 2) / 8, abs=0.005)
     assert speed(split_backward=True) == pytest.approx((14 + 1 + 7 * 2 + 2) / 8, abs=0.005)
     assert speed(hops=[1, 1]) == 3
@@ -189,7 +190,8 @@ def test_help() -> None:
 
 @pytest.mark.parametrize(("settings", "options", "said"), [
     (decoupled("petr"), [], '"decoupled.method": \'petr\' cannot be used'),
-    (decoupled("petra", stages=4), ["--ranks", "6"], '"--ranks": 6 cannot be used: at most one rank per stage, and there are 4'),
+    (decoupled("petra", stages=4), ["--ranks", "6"],
+     '"--ranks": 6 cannot be used: at most one rank per stage, and there are 4'),
     (decoupled("petra"), ["--ranks", "0"], '"--ranks": 0 cannot be used: a number, at least 1'),
     (decoupled("petra"), ["--stages", "0"], '"--stages": 0 cannot be used: a number, at least 1'),
     (decoupled("petra"), ["--ticks", "0"], '"--ticks": 0 cannot be used: a number, at least 1'),
@@ -204,7 +206,8 @@ def test_help() -> None:
     ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "decoupled": {"method": "petra"}}, [],
      '"train_batch_size": 7 cannot be used: a multiple of "train_micro_batch_size_per_gpu", which is 2'),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(config: Any, settings: dict[str, Any], options: list[str], said: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(config: Any, settings: dict[str, Any], options: list[str],
+                                               said: str) -> None:
     result = run("plan", config(settings), *options)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -214,8 +217,8 @@ def test_bad_input_is_one_line_and_exit_code_2(config: Any, settings: dict[str, 
 def test_missing_file() -> None:
     result = run("plan", "/nowhere/petra.json")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == ("ds-decoupled: \"deepspeed_config\": '/nowhere/petra.json' cannot be used: a path to a JSON "
-                             "file. Is the path right?\n")
+    assert result.stderr == ("ds-decoupled: \"deepspeed_config\": '/nowhere/petra.json' cannot be used: a path to a "
+                             "JSON file. Is the path right?\n")
 
 
 # In processes of their own

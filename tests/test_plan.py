@@ -1,4 +1,4 @@
-"""Plans as text: golden files, one per preset. To write them anew: ``python tests/test_plan.py``, then read the diff."""
+"""Plans as text: golden files, one per preset. ``python tests/test_plan.py`` writes them anew; then read the diff."""
 
 from itertools import chain
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_golden(method: str) -> None:
     read: dict[tuple[int, int], list[Action]] = {}
     for line in text.splitlines():
         head, _, actions = line.partition(":")
-        _, rank, _, tick = head.split()
-        read[int(rank), int(tick)] = parse_actions(actions)
+        words = head.split()
+        read[int(words[1]), int(words[3])] = parse_actions(actions)
     plan, micro_batches = golden_plan(method)
     for rank in range(RANKS):
         assert list(plan.run(rank, micro_batches)) == [read[r, t] for r, t in read if r == rank]
@@ -65,7 +65,7 @@ def test_a_tick_of_1f1b() -> None:
 
 
 def test_split_backward_puts_the_weights_behind_the_send() -> None:
-    """Only where a gradient goes to another rank: stage 0 and stages whose neighbour is here have nobody to hurry for."""
+    """Only where a gradient goes to another rank: a neighbour on the same rank does not wait."""
     plan = Plan.make(Placement.of(4, 2), hops=(1, 1), k=2, recover="input", flush=False, split_backward=True)
     assert format_actions(plan.tick(1, 7, 99)) == "3X4 2RA5 2F5 2C3 2SG3 2W3 2U1"
     assert format_actions(plan.tick(0, 7, 99)) == "1F6 1SA6 0L7 0F7 0C1 0U0 1RG2 1C2"
@@ -85,7 +85,8 @@ def test_who_wants_its_output_back() -> None:
     assert preset_plan("petra", placement, 1).wants_output == {0, 1, 2}
     assert preset_plan("dsp", placement, 1).wants_output == frozenset()
     mixed = Plan.make(placement, hops=(1, 1), k=1, recover="reconstruct", flush=False, wants_output=frozenset({1}))
-    kinds = [{a.kind.value for a in chain(*mixed.run(rank, 3)) if a.kind.is_send or a.kind.is_recv} for rank in range(4)]
+    kinds = [{a.kind.value for a in chain(*mixed.run(rank, 3)) if a.kind.is_send or a.kind.is_recv}
+             for rank in range(4)]
     assert kinds == [{"SA", "RG"}, {"RA", "SA", "RR", "SG"}, {"RA", "SA", "RG", "SR"}, {"RA", "SG"}]
 
 

@@ -33,7 +33,7 @@ def read(*ranks: str) -> Lists:
 
 
 def slowest_circle(ranks: int, link: Fraction, hops: tuple[int, int], split: bool) -> Fraction:
-    """The steady state's time per micro-batch by hand, forward 1 and backward 3 (2 before its gradient leaves if split).
+    """The steady state's time per micro-batch by hand: forward 1, backward 3 (2 before its gradient leaves if split).
 
     A rank's own work takes 4. A circle of waits that goes up n ranks and down again takes n forwards and links up, the
     upper rank's own forward, n backwards and links down, and the lower rank's own backward. It spans a ticks a step up,
@@ -132,7 +132,7 @@ def test_delayed_plans(stages: int, a: int, b: int, k: int, micro_batches: int, 
     delays = [(a + b) * (stages - 1 - s) for s in range(stages)]
     assert list(run.delays) == delays
     assert list(run.records) == [min(delay + 1, micro_batches) for delay in delays]
-    assert all(crossed <= math.ceil(delay / k) for crossed, delay in zip(run.updates_crossed, delays))
+    assert all(crossed <= math.ceil(delay / k) for crossed, delay in zip(run.updates_crossed, delays, strict=True))
     if micro_batches > 2 * (delays[0] + k):
         assert list(run.updates_crossed) == [math.ceil(delay / k) for delay in delays]
     check_actions(plan, micro_batches, k)
@@ -210,7 +210,7 @@ tick   stage 0 | stage 1
 
 
 def test_two_ranks_that_wait_for_each_other() -> None:
-    with pytest.raises(PlanError, match="rank 0 waits for 0RG0 in tick 0 .* rank 1 sends 1SG0 in tick 0"):
+    with pytest.raises(PlanError, match=r"rank 0 waits for 0RG0 in tick 0 .* rank 1 sends 1SG0 in tick 0"):
         play(read("0L0 0F0 0RG0 0B0 0SA0", "1RA0 1X0 1SG0"), (0, 1, 2))
 
 

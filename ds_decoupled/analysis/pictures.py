@@ -10,7 +10,8 @@ from ds_decoupled.schedules.actions import Kind
 COLOURS = {Kind.FORWARD: "#8fb8de", Kind.LOSS: "#b8a1d9", Kind.BACKWARD: "#8cc9a1", Kind.RECOMPUTE: "#f2c079",
            Kind.RECONSTRUCT: "#e59a8f", Kind.WEIGHTS: "#c9c9c9"}
 _NAMES = {Kind.FORWARD: "forward", Kind.LOSS: "forward, loss, backward", Kind.BACKWARD: "backward",
-          Kind.RECOMPUTE: "backward by recomputation", Kind.RECONSTRUCT: "backward by reconstruction", Kind.WEIGHTS: "weights' gradients"}
+          Kind.RECOMPUTE: "backward by recomputation", Kind.RECONSTRUCT: "backward by reconstruction",
+          Kind.WEIGHTS: "weights' gradients"}
 
 
 def timeline(simulation: Simulation, path: str | Path, *, until: float | None = None, title: str = "") -> None:
@@ -33,7 +34,8 @@ def timeline(simulation: Simulation, path: str | Path, *, until: float | None = 
 
     until = simulation.total_time if until is None else min(until, simulation.total_time)
     ranks = len(simulation.busy)
-    figure = Figure(figsize=(min(40.0, 2 + 0.35 * until), 1.2 + 0.6 * ranks), layout="constrained")
+    width = max(4.0, min(24.0, 0.35 * until))
+    figure = Figure(figsize=(2 + width, 1.2 + 0.6 * ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     several = len({e.action.stage for e in simulation.events}) > ranks
@@ -42,6 +44,8 @@ def timeline(simulation: Simulation, path: str | Path, *, until: float | None = 
             continue
         axes.broken_barh([(event.start, event.end - event.start)], (event.rank - 0.4, 0.8),
                          facecolors=COLOURS[event.action.kind], edgecolor="white", linewidth=0.8)
+        if (event.end - event.start) * width < 0.2 * until:
+            continue  # no room for a number
         text = f"{event.action.stage}:{event.action.micro_batch}" if several else str(event.action.micro_batch)
         axes.text((event.start + event.end) / 2, event.rank, text, ha="center", va="center", fontsize=7, clip_on=True)
     drawn = {event.action.kind for event in simulation.events}

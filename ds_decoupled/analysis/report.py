@@ -70,10 +70,11 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     legend = [text for kind, text in LEGEND.items()
               if kind is Kind.LOSS or (kind is Kind.FORWARD and shape.stages > 1) or kind in backward]
     hops = "a flush after every batch" if axes.flush else f"hops ({axes.hops[0]}, {axes.hops[1]})"
-    parts = [f"{config.method}: {_count(shape.stages, 'stage')} on {_count(shape.ranks, 'rank')}, {hops}, k = {shape.k}"]
-    parts[0] += "".join(f"\nnote: {note}" for note in notes)
+    title = f"{config.method}: {_count(shape.stages, 'stage')} on {_count(shape.ranks, 'rank')}, {hops}, k = {shape.k}"
+    parts = [title + "".join(f"\nnote: {note}" for note in notes)]
+    cut = rows < drawn + fill and (axes.flush or shape.micro_batches)
     parts.append(staircase(lists, plan.placement.rank_bounds, updates=True)
-                 + (f"\n(the first {rows} of {drawn + fill} ticks)" if _cut(shape, axes.flush, rows, drawn + fill) else "")
+                 + (f"\n(the first {rows} of {drawn + fill} ticks)" if cut else "")
                  + f"\n{'; '.join([*legend, UPDATE_LEGEND])}")
     parts.append(_stage_table(plan, steady, axes.weights == "stashed"))
     if shape.ranks > 1:
@@ -83,13 +84,8 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
         parts[-1] += (f"\nthe run of {_count(drawn, 'micro-batch', 'micro-batches')}, fill and drain included: "
                       f"{run.total_time:.2f} units")
     if picture is not None:
-        _draw(run, picture, parts[0].splitlines()[0], lists)
+        _draw(run, picture, title, rows)
     return "\n\n".join(parts)
-
-
-def _cut(shape: RunShape, flush: bool, rows: int, length: int) -> bool:
-    """Whether rows are missing from a run that has an end."""
-    return rows < length and bool(flush or shape.micro_batches)
 
 
 def _count(n: int, one: str, many: str = "") -> str:
@@ -99,7 +95,8 @@ def _count(n: int, one: str, many: str = "") -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns to the right under their heads, two blanks apart."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows])
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                     for row in [heads, *rows])
 
 
 def _stage_table(plan: Plan, steady: Simulation, stashed: bool) -> str:
@@ -122,8 +119,8 @@ def _link_table(plan: Plan, steady: Simulation) -> str:
             messages, size = (traffic.messages, traffic.bytes) if traffic else (0, 0.0)
             row += [f"{messages / steady.micro_batches:g}", f"{size / steady.micro_batches:g}"]
         rows.append(row)
-    return ("per micro-batch, bytes in sizes of one activation\n"
-            + _table(["ranks", "stages", "messages forward", "bytes forward", "messages backward", "bytes backward"], rows))
+    heads = ["ranks", "stages", "messages forward", "bytes forward", "messages backward", "bytes backward"]
+    return f"per micro-batch, bytes in sizes of one activation\n{_table(heads, rows)}"
 
 
 def _time_table(run: Simulation, flush: bool) -> str:
@@ -136,10 +133,9 @@ def _time_table(run: Simulation, flush: bool) -> str:
               f"{run.one_rank_time / time:.2f} times as fast on {_count(len(idle), 'rank')}")
 
 
-def _draw(run: Simulation, path: Path, title: str, lists: Sequence[Sequence[Sequence[object]]]) -> None:
+def _draw(run: Simulation, path: Path, title: str, ticks: int) -> None:
     """The timeline of the ticks that the staircase shows."""
-    shown = max(map(len, lists))
-    until = max((event.end for event in run.events if event.tick < shown), default=0.0)
+    until = max((event.end for event in run.events if event.tick < ticks), default=0.0)
     try:
         timeline(run, path, until=until, title=title)
     except ValueError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NoReturn
 
 from ds_decoupled.analysis.staircase import Lists, staircase
@@ -24,7 +25,8 @@ from ds_decoupled.schedules.plan import Plan
 
 #: Cost of an action in units of one stage's forward pass: a backward pass costs two, a forward pass run again one more.
 UNIT_COSTS: Mapping[Kind, float] = {
-    Kind.FORWARD: 1, Kind.LOSS: 3, Kind.BACKWARD: 2, Kind.RECOMPUTE: 3, Kind.RECONSTRUCT: 3, Kind.UPDATE: 0, Kind.LOAD: 0,
+    Kind.FORWARD: 1, Kind.LOSS: 3, Kind.BACKWARD: 2, Kind.RECOMPUTE: 3, Kind.RECONSTRUCT: 3, Kind.UPDATE: 0,
+    Kind.LOAD: 0,
 }
 
 #: How many messages of one unit a message carries: a reconstruction travels together with its gradient.
@@ -179,14 +181,14 @@ class _Run:
     def __init__(self, lists: Lists, rank_bounds: tuple[int, ...], costs: Costs) -> None:
         self.lists, self.rank_bounds, self.costs = lists, rank_bounds, costs
         self.stages = rank_bounds[-1]
-        self.rank_of_stage = [r for r, (a, b) in enumerate(zip(rank_bounds, rank_bounds[1:])) for _ in range(a, b)]
+        self.rank_of_stage = [r for r, (a, b) in enumerate(pairwise(rank_bounds)) for _ in range(a, b)]
         if len(lists) != len(rank_bounds) - 1:
             raise PlanError(f"{len(lists)} lists of actions for {len(rank_bounds) - 1} ranks")
         self.ranks = [_Rank(ticks) for ticks in lists]
         self.queues: dict[tuple[int, str], deque[_Message]] = {}
         self.messages: Counter[tuple[int, str]] = Counter()
         self.payloads: Counter[tuple[int, str]] = Counter()
-        #: (stage, micro-batch) whose backward pass leaves the weights' gradients for an action of its own, not done yet.
+        #: (stage, micro-batch) whose backward pass leaves the weights' gradients for an action of its own.
         self.split = {(a.stage, a.micro_batch) for ticks in lists for actions in ticks for a in actions
                       if a.kind is Kind.WEIGHTS}
         #: For each (stage, micro-batch) in flight: the tick of its forward, and the stage's updates until then.

@@ -91,7 +91,8 @@ def parse_action(text: str) -> Action:
     try:
         kind = Kind(match[2])
     except ValueError:
-        raise ValueError(f"{text!r}: no action kind {match[2]!r}; there are {', '.join(k.value for k in Kind)}") from None
+        kinds = ", ".join(k.value for k in Kind)
+        raise ValueError(f"{text!r}: no action kind {match[2]!r}; there are {kinds}") from None
     return Action(int(match[1]), kind, int(match[3]))
 
 

@@ -46,7 +46,7 @@ class Plan:
         return Plan(placement, ticks, k, recover, wants_output, split_backward)
 
     def tick(self, rank: int, tick: int, micro_batches: int) -> list[Action]:
-        """What ``rank`` does in one tick of a run of ``micro_batches``: forwards, backwards, and updates as they fall due.
+        """What ``rank`` does in one tick of a run of ``micro_batches``: forwards, backwards, updates as they fall due.
 
         Within a tick the order among forwards matters where they hop in no time (``a = 0``: stage order), and among
         backwards likewise (stages of one rank under a flush: reverse order). Elsewhere what is sent goes first and what

@@ -1,0 +1,29 @@
+# Two commands: `make train` trains a reversible ResNet with PETRA, `make test` runs the whole suite.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= ds_configs/petra.json
+ARGS ?=
+
+.PHONY: train test lint install clean
+
+install: .venv/installed
+
+# The constraints file is a tested set of versions.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,dev]'
+	touch $@
+
+train: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed recipes/train_resnet.py --deepspeed_config $(CONFIG) $(ARGS)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check ds_decoupled recipes tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info runs
