@@ -51,14 +51,12 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         super().__init__(*args, **kwargs)
         self.optimizer = StageOptimizers(self.stage_optimizers)
         last = placement.stages - 1
-        wants = {s: stage.wants_output for s, stage in self.stages.items()}
-        everywhere: dict[int, bool] = {}
-        for part in compat.gather_objects(wants):
-            everywhere.update(part)
-        check_reconstruct(any(everywhere.values()), self.axes, [stage.layer_names for stage in self.stages.values()])
+        told = [told for part in compat.gather_objects({s: (stage.wants_output, stage.reversible, stage.layer_names)
+                                                        for s, stage in self.stages.items()}) for told in part.items()]
+        check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
         self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
                               flush=self.axes.flush, split_backward=decoupled.split_backward,
-                              wants_output=frozenset(s for s, wanted in everywhere.items() if wanted))
+                              wants_output=frozenset(s for s, (wants, _, _) in told if wants))
         self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
                                track=decoupled.track_gradients > 0)
         self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None

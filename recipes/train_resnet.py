@@ -180,6 +180,10 @@ def train(args: argparse.Namespace) -> None:
     def test() -> float:
         return evaluate(engine, None if images is None else images.test, facts.test_count, micro_batch)
 
+    def show() -> None:
+        accuracy = next((value for value in reversed(progress.test_accuracy) if math.isfinite(value)), math.nan)
+        bar.set_postfix_str(f"loss {progress.train_loss[-1]:.4f}, test accuracy {accuracy:.2%}")
+
     bar = tqdm(total=borders[-1], initial=borders[progress.epoch], unit="update", mininterval=0.5, disable=rank != 0)
     first_epoch, seconds = progress.epoch, 0.0
     for epoch in range(first_epoch + 1, epochs + 1):
@@ -192,12 +196,13 @@ def train(args: argparse.Namespace) -> None:
         if args.save_checkpoint and (last or (args.save_every and epoch % args.save_every == 0)):
             # Before the drain, so that a longer run goes on as if it had not been stopped.
             engine.save_checkpoint(args.save_checkpoint, tag=f"epoch{epoch}", client_state={"progress": vars(progress)})
-        bar.set_postfix_str(f"loss {progress.train_loss[-1]:.4f}, test accuracy {progress.test_accuracy[-1]:.2%}")
+        show()
     start = time.perf_counter()
     if hasattr(engine, "drain"):
         engine.drain()
     seconds += time.perf_counter() - start
     progress.test_accuracy[-1] = test()
+    show()
     bar.close()
 
     numbers = common.engine_numbers(engine, pipe_ranks, config)

@@ -93,6 +93,11 @@ class Stage:
         return bool(self.runs) and self.runs[-1].wants_output
 
     @property
+    def reversible(self) -> bool:
+        """Whether any layer can be undone."""
+        return any(map(is_invertible, self._all.functions))
+
+    @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that get gradients."""
         return [p for p in self.parameters if p.requires_grad]

@@ -1,0 +1,14 @@
+"""One thread a process, as everywhere in the tests: results are compared to the bit."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

@@ -1,0 +1,173 @@
+"""Small networks for the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec
+from torch import Tensor, nn
+
+from ds_decoupled.nn import ReversibleCoupling, mark_block
+
+CLASSES = 3
+
+
+class ConvResidual(nn.Module):
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.norm(self.conv(x))))
+
+
+class Coupling(ReversibleCoupling):
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+        super().__init__(ConvResidual(channels, dropout))
+
+
+class Stem(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2 * channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2 * channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.to(self.conv.weight.dtype)
+        return tuple(torch.relu(self.norm(self.conv(x))).chunk(2, 1))
+
+
+class Down(nn.Module):
+    """Not reversible: halves the picture."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x1, x2 = (x.to(self.conv.weight.dtype) for x in streams)
+        return self.conv(x1), nn.functional.avg_pool2d(x2, 2)
+
+
+class Head(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * channels, CLASSES)
+
+    def forward(self, streams: tuple[Tensor, ...]) -> Tensor:
+        x = torch.cat(streams, 1).mean((2, 3))
+        return self.linear(x.to(self.linear.weight.dtype))
+
+
+class Affine(nn.Module):
+    """Undone by an inverse of its own, without a fused backward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, channels).view(1, -1, 1, 1))
+
+    def forward(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return streams[0] * self.scale, streams[1] / self.scale
+
+    def inverse(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return streams[0] / self.scale, streams[1] * self.scale
+
+
+class ConvBlock(nn.Module):
+    """A plain layer: tensor to tensor, works on its input in place."""
+
+    def __init__(self, inputs: int, outputs: int, in_place: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.ReLU(inplace=True) if in_place else nn.Identity()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The factor keeps tanh's own output out of reach of a next layer that works in place.
+        return self.dropout(torch.tanh(self.norm(self.conv(self.first(x))))) * 1.5
+
+
+class Pool(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((2, 3)))
+
+
+def reversible_net(channels: int = 4, dropout: float = 0.0, affine: bool = False) -> list[Any]:
+    """Stem, two couplings, a downsampling, two couplings, head: seven layers."""
+    couplings = [LayerSpec(Coupling, channels, dropout) for _ in range(4)]
+    if affine:
+        couplings[1] = LayerSpec(Affine, channels)
+    layers = [LayerSpec(Stem, channels), *couplings[:2], LayerSpec(Down, channels), *couplings[2:], LayerSpec(Head, channels)]
+    return [mark_block(layer) for layer in layers]
+
+
+def plain_net(channels: int = 4, in_place: bool = True, dropout: float = 0.0) -> list[Any]:
+    """Six layers, none of which can be undone; some work on their input in place."""
+    return [LayerSpec(ConvBlock, 2, channels), LayerSpec(ConvBlock, channels, channels, in_place, dropout),
+            LayerSpec(ConvBlock, channels, channels, False, dropout), LayerSpec(ConvBlock, channels, channels, in_place),
+            LayerSpec(ConvBlock, channels, channels), LayerSpec(Pool, channels)]
+
+
+def batches(count: int, size: int = 4, seed: int = 0, replica: int = 0, replicas: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """``count`` micro-batches of 8x8 pictures; replica r gets its share of batches of ``size * replicas``."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        x = torch.randn(size * replicas, 2, 8, 8, generator=generator)
+        y = torch.randint(0, CLASSES, (size * replicas,), generator=generator)
+        made.append((x[replica * size:(replica + 1) * size], y[replica * size:(replica + 1) * size]))
+    return made
+
+
+NETS = {"reversible": reversible_net, "plain": plain_net}
+
+
+class LinearResidual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(self.norm(x)))
+
+
+class LinearCoupling(ReversibleCoupling):
+    def __init__(self, width: int) -> None:
+        super().__init__(LinearResidual(width))
+
+
+class Flatten(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 2 * width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.linear(x.flatten(1).to(self.linear.weight.dtype)).chunk(2, 1))
+
+
+class Classify(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, streams: tuple[Tensor, ...]) -> Tensor:
+        return self.linear(torch.cat(streams, 1).to(self.linear.weight.dtype))
+
+
+def norm_free_net(width: int = 16, couplings: int = 4) -> list[Any]:
+    """Linear couplings with layer norm: nothing depends on the rest of the batch."""
+    layers = [LayerSpec(Flatten, width), *(LayerSpec(LinearCoupling, width) for _ in range(couplings)),
+              LayerSpec(Classify, width)]
+    return [mark_block(layer) for layer in layers]
+
+
+NETS["norm_free"] = norm_free_net

@@ -1,0 +1,89 @@
+"""Every method against its definition: parameters and running statistics after n updates, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import engine_cases
+import worlds
+from ds_decoupled.config import parse_block
+from nets import batches
+from oracle import Oracle
+
+METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
+
+
+def compare(case: dict[str, Any], world: int = 1) -> None:
+    results = worlds.run(world, engine_cases.train, case)
+    initial, state = (engine_cases.merged(results, key) for key in ("initial", "state"))
+    block = parse_block(engine_cases.config_of(case))
+    assert block is not None
+    axes = block.axes()
+    oracle = Oracle(engine_cases.stages_from(initial, case, results[0]["summary"]["stage_layers"]), recover=axes.recover,
+                    weights=axes.weights, flush=axes.flush, hops=axes.hops, k=case.get("k", 1), lr=case.get("lr", 0.1),
+                    clip=case.get("clip", 0.0), decay=case.get("decay", 1.0))
+    torch.manual_seed(0)
+    oracle.train(batches(case["batches"], case.get("size", 4)))
+    expected = engine_cases.merged([{"replica": 0, "state": {
+        f"{index}.{name}": value for s, layers in enumerate(results[0]["summary"]["stage_layers"])
+        for index, layer in zip(layers, oracle.stages[s]) for name, value in layer.state_dict().items()}}])
+    assert expected.keys() == state.keys()
+    moved = sum(not torch.equal(initial[name], state[name]) for name in state)
+    assert moved > len(state) // 2, "nothing was trained"
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_reversible_net(method: str, k: int) -> None:
+    """Seven stages, the stem, a downsampling and the head among them not reversible."""
+    compare({"method": method, "k": k, "batches": 24})
+
+
+@pytest.mark.parametrize("method", ["pipedream", "delayed", "dsp"])
+def test_plain_net(method: str) -> None:
+    """Layers that work on their input in place."""
+    compare({"method": method, "net": "plain", "stages": 4, "batches": 16})
+
+
+@pytest.mark.parametrize("method", ["petra", "delayed"])
+@pytest.mark.parametrize("stages", [2, 3, [0, 2, 7]])
+def test_stages_of_several_layers(method: str, stages: int | list[int]) -> None:
+    compare({"method": method, "stages": stages, "k": 2, "batches": 16})
+
+
+@pytest.mark.parametrize("hops", [[0, 1], [1, 2], [2, 1]])
+def test_hops(hops: list[int]) -> None:
+    compare({"method": "petra", "batches": 20, "block": {"hops": hops}})
+
+
+def test_other_points_of_the_axes() -> None:
+    """Overrides that no preset names."""
+    compare({"method": "dsp", "batches": 16, "block": {"weights": "stashed"}})
+    compare({"method": "backprop", "k": 4, "batches": 16, "block": {"recover": "input"}})
+
+
+def test_clipping_and_schedule_are_the_stages_own() -> None:
+    """Each stage clips by its own norm and counts its own updates."""
+    compare({"method": "petra", "k": 2, "batches": 24, "clip": 0.1, "decay": 0.8})
+
+
+@pytest.mark.parametrize("method", ["delayed", "dsp", "petra"])
+def test_one_stage_is_plain_sgd(method: str) -> None:
+    """With J = 1 every global method is SGD with accumulation."""
+    case = {"method": method, "stages": 1, "k": 2, "batches": 12}
+    [result] = worlds.run(1, engine_cases.train, case)
+    [net] = engine_cases.stages_from(result["initial"], case, [list(range(7))])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for i, (x, y) in enumerate(batches(12)):
+        (torch.nn.functional.cross_entropy(net(x), y) / 2).backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    for index, layer in enumerate(net):
+        for name, value in layer.state_dict().items():
+            assert torch.equal(result["state"][f"{index}.{name}"], value), f"{index}.{name}"

@@ -1,0 +1,81 @@
+"""The same J, seed and data give the same parameters for every P, bit for bit; and data parallel 2 is twice the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import engine_cases
+import worlds
+
+METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def run(ranks: int, case: dict[str, Any]) -> list[dict[str, Any]]:
+    return worlds.run(ranks, engine_cases.train, case)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_ranks_do_not_matter(method: str, k: int) -> None:
+    """Dropout on: masks do not depend on the placement either."""
+    case = {"method": method, "k": k, "batches": 18, "net_args": {"dropout": 0.2}}
+    states = [engine_cases.merged(run(ranks, case)) for ranks in (1, 2, 4)]
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+
+
+def test_one_rank_a_stage() -> None:
+    case = {"method": "petra", "stages": 4, "batches": 12, "net_args": {"dropout": 0.2}}
+    assert_same(engine_cases.merged(run(1, case)), engine_cases.merged(run(4, case)))
+
+
+@pytest.mark.parametrize("partition", ["uniform", [0, 1, 7], "profile"])
+def test_partition_does_not_matter(partition: str | list[int]) -> None:
+    case = {"method": "petra", "batches": 10}
+    assert_same(engine_cases.merged(run(1, case)),
+                engine_cases.merged(run(2, {**case, "block": {"partition": partition}})))
+
+
+@pytest.mark.parametrize("block", [{"hops": [2, 1]}, {"hops": [0, 1]}, {"hops": [0, 1], "split_backward": True}])
+def test_hops_and_split_backward(block: dict[str, Any]) -> None:
+    """A split backward computes the same gradients, later; sums may round otherwise."""
+    case = {"method": "petra", "batches": 12, "k": 2}
+    plain = {**case, "block": {"hops": block["hops"]}}
+    one, two = engine_cases.merged(run(1, plain)), engine_cases.merged(run(2, {**case, "block": block}))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    if "split_backward" not in block:
+        assert_same(one, two)
+
+
+def test_losses_are_reported_without_waiting() -> None:
+    """The last rank reports a call's losses; the first reports those whose gradient has come down."""
+    case = {"method": "petra", "stages": 4, "batches": 12}
+    [whole] = run(1, case)
+    first, last = run(2, case)
+    assert len([x for x in whole["losses"] if x != x]) == 3  # the pipeline fills: (J-1) ticks forward
+    torch.testing.assert_close(whole["losses"][3:], last["losses"][3:])
+    filled = [x for x in first["losses"] if x == x]
+    assert filled and filled == whole["losses"][3:3 + len(filled)]
+
+
+@pytest.mark.parametrize("method", ["petra", "delayed", "reversible"])
+def test_data_parallel_is_twice_the_batch(method: str) -> None:
+    """Without batch norm's batch statistics in the way, 2 x 2 ranks agree with one pipeline of twice the batch."""
+    case = {"method": method, "batches": 12, "k": 2, "size": 4, "net": "norm_free"}
+    both = run(4, {**case, "pipe_ranks": 2})
+    one = run(2, {**case, "size": 8})
+    for name, value in engine_cases.merged(one).items():
+        torch.testing.assert_close(engine_cases.merged(both)[name], value, rtol=1e-4, atol=1e-5)
+    replicas = [{k: v for r in both if r["replica"] == i for k, v in r["state"].items()} for i in (0, 1)]
+    assert_same(*replicas)
+    torch.testing.assert_close(both[2]["losses"][6:], one[1]["losses"][6:], rtol=1e-3, atol=1e-4, equal_nan=True)
