@@ -44,9 +44,9 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     replica = engine.mpu.get_data_parallel_rank()
     pending = engine.network.pending()
     for index, stage in engine.stages.items():
-        torch.save({"stage": stage.state_dict(), "optimizer": engine.stage_optimizers[index].state_dict(),
-                    "pending": {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}},
-                   _stage_file(folder, index, replica))
+        messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
+        torch.save({"stage": _owned(stage.state_dict()), "optimizer": engine.stage_optimizers[index].state_dict(),
+                    "pending": _owned(messages)}, _stage_file(folder, index, replica))
     if engine.global_rank == 0:
         torch.save({"client_state": client_state, "stages": engine.placement.stages, "replicas": engine.dp_world_size,
                     "method": engine.decoupled.method, "stage_bounds": list(engine.placement.stage_bounds),
@@ -104,3 +104,12 @@ def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     return tuple(_on(v, device) for v in value) if isinstance(value, tuple) else value
+
+
+def _owned(value: Any) -> Any:
+    """``value`` with tensors that own their storage: those that came by a link are views of one buffer, of several types."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _owned(v) for key, v in value.items()}
+    return type(value)(_owned(v) for v in value) if isinstance(value, (tuple, list)) else value

@@ -142,8 +142,8 @@ class PipelineEngineBase(PipelineEngine):
         return self._reduce_outputs(outputs, reduce=reduce, micro_batches=micro_batches)
 
     def broadcast_from_last(self, value: Any) -> Tensor:
-        """``value`` of the last pipe rank, on every rank."""
-        return self._bcast_pipe_scalar(value)
+        """``value`` of the last pipe rank, on every rank; without dimensions, as there."""
+        return self._bcast_pipe_scalar(value).reshape(())
 
     # -- the private names -----------------------------------------------------------------------------------------------
 

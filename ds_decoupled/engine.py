@@ -183,6 +183,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.module.train()
         self._losses.clear()
         self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
+        self.network.flush()
         self._start_run()
         return self._mean_loss()
 

@@ -54,7 +54,7 @@ class Network:
 
     def __init__(self, grid: Any, plan: Plan, rank: int, device: torch.device, codec: Codec, timeout: float,
                  track: bool = False) -> None:
-        self.plan, self.rank = plan, rank
+        self.plan, self.rank, self.timeout = plan, rank, timeout
         stages = plan.placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
         self.activations = {s: LocalLink() for s in range(self.bottom, self.top + 2)}
@@ -132,6 +132,12 @@ class Network:
         message = receiver.recv(micro_batch, self._waiting(stage, stage + 1, "the gradient", micro_batch))
         assert message is not None
         self.gradients[stage].send(message)
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken."""
+        for pair in self._up.values():
+            if pair.sender is not None:
+                pair.sender.flush(self.timeout)
 
     def pass_on_end(self, micro_batch: int) -> None:
         """Tell the next rank that the data end before ``micro_batch``."""

@@ -85,3 +85,120 @@ def stages_from(initial: dict[str, torch.Tensor], case: dict[str, Any], bounds: 
                                if name.split(".", 1)[0] == str(index)})
         layer.train()
     return [nn.Sequential(*(layers[i] for i in stage)) for stage in bounds]
+
+
+def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate 0: every micro-batch's gradients, with what the method keeps and what it rebuilds."""
+    engine = build({**case, "lr": 0.0, "k": 1})
+    grads: dict[tuple[int, str], torch.Tensor] = {}
+    errors: list[float] = []
+    kept: dict[int, int] = {}
+    inputs: dict[tuple[int, int], Any] = {}
+    for index, stage in engine.stages.items():
+        forward, backward = stage.forward, stage.backward
+
+        def forward_seen(m: int, x: Any, index: int = index, forward: Any = forward) -> Any:
+            inputs[m, index] = x
+            return forward(m, x)
+
+        def backward_seen(m: int, y: Any, dy: Any, index: int = index, backward: Any = backward) -> Any:
+            x, dx = backward(m, y, dy)
+            wanted = inputs.pop((m, index))
+            for a, b in zip(x if isinstance(x, tuple) else (x,), wanted if isinstance(wanted, tuple) else (wanted,)):
+                errors.append(((a - b).norm() / b.norm()).item())
+            return x, dx
+
+        stage.forward, stage.backward = forward_seen, backward_seen
+        step = engine.stage_optimizers[index].step
+
+        def step_seen(index: int = index, step: Any = step) -> None:
+            m = engine.stage_optimizers[index].updates
+            for i, p in enumerate(engine.stages[index].trainable):
+                grads[m, f"{index}.{i}"] = p.grad.clone()
+            step()
+
+        engine.stage_optimizers[index].step = step_seen
+    data = data_of(case, engine)
+    for _ in range(case["batches"]):
+        engine.train_batch(data)
+        for index, stage in engine.stages.items():
+            kept[index] = max(kept.get(index, 0), len(list(stage.kept())))
+    in_flight = {index: len(stage.in_flight) for index, stage in engine.stages.items()}
+    engine.drain()
+    return {"grads": grads, "errors": errors, "kept": kept, "in_flight": in_flight, "initial": state_of(engine),
+            "summary": engine.decoupled_summary(), "replica": 0}
+
+
+def train_with_evaluation(case: dict[str, Any]) -> dict[str, Any]:
+    """Train with and without an evaluation after every call; sizes of evaluation batches vary."""
+    engine = build(case)
+    data = data_of(case, engine)
+    values, logits = [], []
+    for step in range(case["batches"] // case.get("k", 1)):
+        engine.train_batch(data)
+        if case["evaluate"]:
+            held_out = [(x[:3], y[:3]) if i == 1 else (x, y) for i, (x, y) in enumerate(batches(3, seed=99))]
+            values.append(engine.eval_batch(iter(held_out), num_micro_batches=3).item())
+            out = engine.eval_batch(iter(held_out), compute_loss=False, reduce_output=None, bcast_loss=False,
+                                    num_micro_batches=3)
+            logits.append(None if out is None else [t.shape[0] for t in out])
+    loss, last = engine.eval_batch(iter(batches(2, seed=99)), return_logits=True, num_micro_batches=2)
+    engine.drain()
+    return {"state": state_of(engine), "values": values, "logits": logits, "replica": 0, "last": last, "loss": loss}
+
+
+def train_and_stop(case: dict[str, Any], folder: str) -> None:
+    """Train ``stop`` calls and save, with everything still in flight."""
+    engine = build(case)
+    data = data_of(case, engine)
+    for _ in range(case["stop"]):
+        engine.train_batch(data)
+    engine.save_checkpoint(folder, client_state={"calls": case["stop"]})
+
+
+def resume(case: dict[str, Any], folder: str, also_save: str | None = None) -> dict[str, Any]:
+    """Load, train the rest, drain."""
+    engine = build({**case, "seed": 5})
+    path, client = engine.load_checkpoint(folder)
+    assert path is not None and client == {"calls": case["stop"]}
+    k = case.get("k", 1)
+    if also_save:
+        engine.save_checkpoint(also_save, client_state=client)
+    data = data_of(case, engine)
+    for _ in range(case["stop"] * k if data else 0):
+        next(data)
+    losses = [engine.train_batch(data).item() for _ in range(case["batches"] // k - case["stop"])]
+    engine.drain()
+    return {"state": state_of(engine), "losses": losses, "replica": engine.mpu.get_data_parallel_rank(),
+            "steps": engine.global_steps}
+
+
+def data_that_end(case: dict[str, Any]) -> dict[str, Any]:
+    """Train until the data end, drain, go on with new data."""
+    engine = build(case)
+    data = data_of(case, engine)
+    calls = 0
+    while True:
+        try:
+            engine.train_batch(data)
+            calls += 1
+        except StopIteration as end:
+            message = str(end)
+            break
+    engine.drain()
+    state = state_of(engine)
+    again = data_of(case, engine)
+    for _ in range(2):
+        engine.train_batch(again)
+    engine.drain()
+    return {"state": state, "after": state_of(engine), "calls": calls, "message": message, "replica": 0}
+
+
+def tracked(case: dict[str, Any]) -> dict[str, Any]:
+    """Train with the tracker; the parameters must not notice."""
+    engine = build(case)
+    data = data_of(case, engine)
+    for _ in range(case["batches"] // case.get("k", 1)):
+        engine.train_batch(data)
+    engine.drain()
+    return {"state": state_of(engine), "rows": engine.decoupled_summary()["gradient_tracker"], "replica": 0}

@@ -67,6 +67,16 @@ class RemoteSender:
         """Say that ``micro_batch`` and those after it will not come: the data ran out."""
         self.send(Message(micro_batch, ()))
 
+    def flush(self, timeout: float) -> None:
+        """Wait until every message has left: a process that ends before takes them with it."""
+        while self._under_way:
+            work, _ = self._under_way.popleft()
+            try:
+                work.wait(timedelta(seconds=timeout))
+            except RuntimeError as error:
+                raise LinkError(f"rank {self.peer} did not take a message within {timeout:g} s, or is gone "
+                                f"({_first(error)})") from error
+
     def _isend(self, buffer: Tensor) -> None:
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()

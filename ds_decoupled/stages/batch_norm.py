@@ -37,3 +37,14 @@ def frozen_statistics(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.track_running_stats = True
+
+
+@contextmanager
+def restored_statistics(modules: list[nn.Module]) -> Iterator[None]:
+    """Within, running statistics move as ever; behind, they are what they were."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_decoupled.stages.batch_norm import frozen_statistics
+from ds_decoupled.stages.batch_norm import restored_statistics
 from ds_decoupled.stages.layers import backward, input_gradients, leaves
 from ds_decoupled.stages.run import Run
 from ds_decoupled.stages.weights import Saved, SavedActivation
@@ -74,6 +74,7 @@ class GraphRun(Run):
         for m, record in state.items():
             inputs = leaves(to_device(record["inputs"], device), self.need_input_grad)
             saved: list[weakref.ref[Saved]] = []
-            with torch.enable_grad(), self.weights.replay(record["saved"], saved), frozen_statistics(self.layers.norms):
+            # Not with frozen statistics: batch norm would then save fewer tensors than the graph that was stored.
+            with torch.enable_grad(), self.weights.replay(record["saved"], saved), restored_statistics(self.layers.norms):
                 outputs = self.layers.keep_input(inputs, m)
             self._records[m] = _Record(inputs, outputs, saved)
