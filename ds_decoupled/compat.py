@@ -77,7 +77,7 @@ def norms_within_stages(module: PipelineModule) -> None:
 def clip_over_all_stages(module: PipelineModule) -> None:
     """Mend float32 clipping of a flushed pipeline: without this mark DeepSpeed clips every stage by stage 0's norm."""
     for parameter in module.parameters():
-        parameter.model_parallel = True  # type: ignore[attr-defined]
+        parameter.model_parallel = True
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list
         engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None])
         clip = engine.gradient_clipping()
         if clip > 0:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
         optimizer.step()
         for parameter in parameters:
             parameter.grad = None

@@ -224,7 +224,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             return
         batch = self._batches.popleft()
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"the data iterator must yield (inputs, labels); micro-batch {micro_batch} is a {type(batch).__name__}")
+            raise TypeError("the data iterator must yield (inputs, labels); "
+                            f"micro-batch {micro_batch} is a {type(batch).__name__}")
         inputs, labels = (part if isinstance(part, Tensor) else tuple(part) for part in batch)
         inputs, labels = to_device(inputs, self.device), to_device(labels, self.device)
         if self.tracker is not None:

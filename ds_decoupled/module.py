@@ -97,6 +97,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         self._stages_setting = stages if stages is not None else given.stages
         self._partition_setting = partition or partition_method or given.partition
         self._sample_input = sample_input
+        self._recover = given.axes().recover
         self.placement: Placement
         specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
         if topology is None and num_stages is None:
@@ -123,7 +124,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
             if self._sample_input is None:
                 raise ConfigError(f"{BLOCK}.partition", "profile", "times the layers on a sample input",
                                   "Give DecoupledPipelineModule a sample_input: one micro-batch of inputs.")
-            return layer_times(layer_specs(self), self._sample_input)
+            return layer_times(layer_specs(self), self._sample_input, self._recover)
         raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
 
 

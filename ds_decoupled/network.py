@@ -146,8 +146,8 @@ class Network:
 
     def _waiting(self, stage: int, source: int, what: str, micro_batch: int) -> str:
         ranks = self.plan.placement.rank_of_stage
-        return (f"stage {stage} (pipe rank {self.rank}) was waiting for {what} of micro-batch {micro_batch} from stage {source} "
-                f"(pipe rank {ranks[source]})")
+        return (f"stage {stage} (pipe rank {self.rank}) was waiting for {what} of micro-batch {micro_batch} "
+                f"from stage {source} (pipe rank {ranks[source]})")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Network:
         if sender is not None:
             sender.send_end(micro_batch)
 
-    # -- counters and checkpoints -----------------------------------------------------------------------------------------------
+    # -- counters and checkpoints -----------------------------------------------------------------------------------
 
     def bytes_sent(self) -> int:
         """Bytes that training sent to other ranks."""
@@ -214,11 +214,11 @@ class Network:
         self.start_run()
         self._first = first
         ticks = self.plan.ticks
-        for queues, kind in ((self.activations, "activations"), (self.gradients, "gradients")):
-            for s, queue in queues.items():
-                queue.queue.clear()
+        for links, kind in ((self.activations, "activations"), (self.gradients, "gradients")):
+            for s, link in links.items():
+                link.queue.clear()
                 if self.bottom <= s <= self.top:
-                    queue.queue.extend(pending[kind][s])
+                    link.queue.extend(pending[kind][s])
         for pair, kind, stage in ((self._forward, "activations", self.bottom), (self._backward, "gradients", self.top)):
             queue = (self.activations if kind == "activations" else self.gradients)[stage].queue
             if pair.receiver is not None:

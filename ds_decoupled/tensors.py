@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Tensors = Union[Tensor, tuple[Tensor, ...]]
+Tensors = Tensor | tuple[Tensor, ...]
 #: Gradients of a tuple: None where a tensor has none (integers, or outputs that nobody used).
-Gradients = tuple[Union[Tensor, None], ...]
+Gradients = tuple[Tensor | None, ...]
 
 
 def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:

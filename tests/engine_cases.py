@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import torch
+from nets import NETS, batches
 from torch import nn
 
 import ds_decoupled
-from nets import NETS, batches
 
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def train_with_evaluation(case: dict[str, Any]) -> dict[str, Any]:
     engine = build(case)
     data = data_of(case, engine)
     values, logits = [], []
-    for step in range(case["batches"] // case.get("k", 1)):
+    for _step in range(case["batches"] // case.get("k", 1)):
         engine.train_batch(data)
         if case["evaluate"]:
             held_out = [(x[:3], y[:3]) if i == 1 else (x, y) for i, (x, y) in enumerate(batches(3, seed=99))]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import engine_cases
 import pytest
 import torch
-
-import engine_cases
 import worlds
 
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import engine_cases
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
-
-import engine_cases
 import worlds
 from nets import batches
+from torch.nn.functional import cross_entropy
 
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
 
@@ -22,7 +21,8 @@ def exact(case: dict, initial: dict[str, torch.Tensor], layers: list[list[int]])
         for stage in stages:
             x = stage(x)
         cross_entropy(x, y).backward()
-        grads.update({(m, f"{s}.{i}"): p.grad.clone() for s, stage in enumerate(stages) for i, p in enumerate(stage.parameters())})
+        grads.update({(m, f"{s}.{i}"): p.grad.clone() for s, stage in enumerate(stages)
+                      for i, p in enumerate(stage.parameters())})
     return grads
 
 
@@ -51,7 +51,7 @@ def test_what_is_kept(ranks: int) -> None:
     assert {s: kept[s] for s in (1, 2, 4, 5, 6)} == dict.fromkeys((1, 2, 4, 5, 6), 0)
     assert kept[0] == delays[0] and kept[3] == 2 * delays[3]
     in_flight = {k: v for r in results for k, v in r["in_flight"].items()}
-    assert in_flight == {s: d for s, d in enumerate(delays)}
+    assert in_flight == dict(enumerate(delays))
 
 
 def test_eight_couplings_bring_their_input_back() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import engine_cases
 import pytest
 import torch
-
-import engine_cases
 import worlds
-from ds_decoupled.config import parse_block
 from nets import batches
 from oracle import Oracle
+
+from ds_decoupled.config import parse_block
 
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import engine_cases
 import pytest
 import torch
-
-import engine_cases
 import worlds
 
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, fn: Callable[..., Any],
+               args: tuple[Any, ...]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -67,16 +69,16 @@ def finish(ranks: list[tuple[Any, Connection, str]], timeout: float = 120) -> li
     """The ranks' results. Raises :class:`RankFailed` with every rank's error, and if one does not answer in time."""
     results: list[Any] = []
     errors: list[str | None] = []
-    for process, pipe, log in ranks:
+    for _, pipe, log in ranks:
         value, error = None, None
         try:
             if pipe.poll(timeout):
                 error = pipe.recv()
                 value = None if error else torch.load(log + ".result", weights_only=False)
             else:
-                error = f"no answer within {timeout} s\n{open(log).read()[-2000:]}"
+                error = f"no answer within {timeout} s\n{Path(log).read_text()[-2000:]}"
         except EOFError:
-            error = f"died without a word\n{open(log).read()[-2000:]}"
+            error = f"died without a word\n{Path(log).read_text()[-2000:]}"
         results.append(value)
         errors.append(error)
     for process, _, _ in ranks:

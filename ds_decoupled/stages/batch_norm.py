@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
-def tracking_modules(layers: Iterable[Any]) -> list[nn.Module]:
+def tracking_modules(layers: Iterable[Any]) -> list[_NormBase]:
     """The modules in ``layers`` that keep running statistics (batch norm, instance norm, and what derives from them)."""
-    found = []
+    found: list[_NormBase] = []
     for layer in layers:
         if isinstance(layer, nn.Module):
             found += [m for m in layer.modules() if isinstance(m, _NormBase) and m.track_running_stats]
@@ -24,7 +24,7 @@ def tracking_modules(layers: Iterable[Any]) -> list[nn.Module]:
 
 
 @contextmanager
-def frozen_statistics(modules: list[nn.Module]) -> Iterator[None]:
+def frozen_statistics(modules: list[_NormBase]) -> Iterator[None]:
     """Within, ``modules`` normalise by the batch and do not move their running statistics.
 
     Modules in evaluation mode (frozen by the user) go on using the statistics they have.
@@ -40,7 +40,7 @@ def frozen_statistics(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def restored_statistics(modules: list[nn.Module]) -> Iterator[None]:
+def restored_statistics(modules: list[_NormBase]) -> Iterator[None]:
     """Within, running statistics move as ever; behind, they are what they were."""
     before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:

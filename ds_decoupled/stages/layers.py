@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from ds_decoupled.stages.batch_norm import tracking_modules
 from ds_decoupled.stages.randomness import LayerSeeds
@@ -29,7 +30,7 @@ class Layers:
     functions: Sequence[Layer]
     first: int
     seeds: LayerSeeds
-    norms: list[nn.Module] = field(init=False)
+    norms: list[_NormBase] = field(init=False)
     _copy_input: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ the backward pass (4 units of work in all); a layer with an ``inverse`` alone is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -56,6 +57,16 @@ class ReversibleRun(Run):
         for index in reversed(range(len(self.layers.functions))):
             tensors, grads = self._undo(index, micro_batch, tensors, grads)
         return tensors, grads
+
+    def kept(self) -> Iterator[Tensor]:
+        """Nothing."""
+        return iter(())
+
+    def state_dict(self) -> dict[int, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """There is nothing to load."""
 
     def _undo(self, index: int, micro_batch: int, outputs: Tensors, grads: Gradients) -> tuple[Tensors, Gradients]:
         layer: Any = self.layers.functions[index]

@@ -44,13 +44,14 @@ class Run(ABC):
             grads: one per output tensor.
         """
 
+    @abstractmethod
     def kept(self) -> Iterator[Tensor]:
         """Every tensor that the run holds for micro-batches in flight."""
-        return iter(())
 
+    @abstractmethod
     def state_dict(self) -> dict[int, Any]:
         """What is in flight, by micro-batch."""
-        return {}
 
+    @abstractmethod
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """The inverse of :meth:`state_dict`."""

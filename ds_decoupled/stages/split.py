@@ -76,7 +76,7 @@ class _DeferredLinear(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         module = ctx.module
 
@@ -97,7 +97,7 @@ class _DeferredConv(torch.autograd.Function):
         return module._conv_forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         module = ctx.module
         padding = module._reversed_padding_repeated_twice[::-2] if isinstance(module.padding, str) else module.padding

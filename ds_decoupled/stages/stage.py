@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ds_decoupled.config import Axes
 from ds_decoupled.errors import ConfigError
@@ -21,7 +22,7 @@ from ds_decoupled.stages.reversible import ReversibleRun, is_invertible
 from ds_decoupled.stages.run import Run
 from ds_decoupled.stages.split import DeferredWeightGradients
 from ds_decoupled.stages.weights import Weights
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach
+from ds_decoupled.tensors import Gradients, Tensors, detach
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -156,7 +157,7 @@ class Stage:
             return self._all.keep_input(inputs, micro_batch)
 
     @property
-    def norms(self) -> list[nn.Module]:
+    def norms(self) -> list[_NormBase]:
         """Modules with running statistics."""
         return self._all.norms
 

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class WeightReference:
         return {name: getattr(self, name) for name in self.__slots__[:-1]}
 
 
-Saved = Union[SavedActivation, WeightReference]
+Saved = SavedActivation | WeightReference
 
 
 class Weights:
