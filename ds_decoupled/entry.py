@@ -39,6 +39,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     if not isinstance(model, PipelineModule):
         raise ConfigError("model", type(model).__name__, f'with a "{BLOCK}" block the model must be a pipeline',
                           "Make a ds_decoupled.DecoupledPipelineModule of its layers.")
+    _check_batch(read_json(source), model.mpu().get_data_parallel_world_size())
     if block.is_plain_backprop:
         compat.clip_over_all_stages(model)
         return call()
@@ -67,3 +68,18 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
     if tied and axes.flush:
         raise ConfigError(f"{BLOCK}.method", block.method, f"tied layers ({', '.join(map(repr, tied))}) need DeepSpeed's own "
                           "engine", 'Take "method": "backprop", or untie them.')
+
+
+def _check_batch(config: dict[str, Any], replicas: int) -> None:
+    """Batch settings that do not go into one another."""
+    total, micro, k = (config.get(name) for name in ("train_batch_size", "train_micro_batch_size_per_gpu",
+                                                     "gradient_accumulation_steps"))
+    if not isinstance(total, int):
+        return
+    parts = [n for n in (micro, k) if isinstance(n, int)]
+    product = replicas
+    for part in parts:
+        product *= part
+    if total != product if len(parts) == 2 else total % product:
+        given = f"train_micro_batch_size_per_gpu x gradient_accumulation_steps x replicas = {micro} x {k} x {replicas}"
+        raise ConfigError("train_batch_size", total, f"{given} must make it up", "Leave one of the three out, or mend it.")

@@ -202,3 +202,54 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
         engine.train_batch(data)
     engine.drain()
     return {"state": state_of(engine), "rows": engine.decoupled_summary()["gradient_tracker"], "replica": 0}
+
+
+def plain_pipeline(case: dict[str, Any]) -> dict[str, Any]:
+    """A plain DeepSpeed ``PipelineModule`` of modules, a function and layers from specs."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    import deepspeed
+
+    deepspeed.init_distributed()
+    torch.manual_seed(case.get("seed", 3))
+    layers = [nn.Flatten(), nn.Linear(128, 16), torch.tanh, nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)]
+    if case.get("tied"):
+        from deepspeed.pipe import TiedLayerSpec
+
+        layers = [nn.Flatten(), nn.Linear(128, 16), TiedLayerSpec("tie", nn.Linear, 16, 16), torch.tanh,
+                  TiedLayerSpec("tie", nn.Linear, 16, 16), LayerSpec(nn.Linear, 16, 3)]
+    model = PipelineModule(layers, num_stages=case.get("pipe_ranks", torch.distributed.get_world_size()),
+                           loss_fn=nn.CrossEntropyLoss(), partition_method="uniform")
+    config = config_of(case)
+    if case.get("no_block"):
+        del config["decoupled"]
+    engine, optimizer, _, _ = ds_decoupled.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    data = data_of(case, engine) if case.get("batches") else None
+    if data is None and engine.is_last_stage():  # DeepSpeed's own engine wants an iterator there too
+        data = iter(batches(case["batches"]))
+    losses = [engine.train_batch(data).item() for _ in range(case["batches"] // case.get("k", 1))]
+    if hasattr(engine, "drain"):
+        engine.drain()
+    return {"state": state_of(engine), "losses": losses, "engine": type(engine).__name__, "replica": 0,
+            "groups": len(optimizer.param_groups), "stages": sorted(getattr(engine, "stages", {}))}
+
+
+def die_at(case: dict[str, Any], rank: int, call: int) -> list[str]:
+    """One rank goes away in the middle of training; the others say who waited for what."""
+    import os
+
+    engine = build(case)
+    data = data_of(case, engine)
+    for step in range(case["batches"]):
+        if engine.global_rank == rank and step == call:
+            if case.get("hang"):
+                import time
+
+                time.sleep(case["hang"])
+            os._exit(1)
+        engine.train_batch(data)
+    return []
+
+
+def only_build(case: dict[str, Any]) -> None:
+    build(case)

@@ -1,0 +1,140 @@
+"""What the benchmark compares: methods, the worlds they run in, and the laws their speeds should follow. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        label: its name there.
+        runner: what runs it: ``engine`` (ours), ``deepspeed`` (its own), ``dualpipev`` (its own), or a bare loop.
+        block: the JSON's ``decoupled`` block, where ours runs it.
+        recover: the axis of this name, which says what a layer costs in the balance.
+        one_rank: whether it can run on a single rank.
+        ranks: whether it can run on several.
+    """
+
+    label: str
+    runner: str
+    block: dict[str, Any] = field(default_factory=dict)
+    recover: str = "graph"
+    one_rank: bool = True
+    ranks: bool = True
+
+
+def _ours(label: str, recover: str, method: str, **block: Any) -> Method:
+    return Method(label, "engine", {"method": method, "stages": "blocks", **block}, recover)
+
+
+METHODS: dict[str, Method] = {
+    "bare-backprop": Method("backpropagation, bare loop", "bare-backprop", ranks=False),
+    "bare-petra": Method("PETRA, bare loop", "bare-petra", recover="reconstruct", ranks=False),
+    "petra": _ours("petra", "reconstruct", "petra"),
+    "petra-01": _ours("petra, hops (0, 1)", "reconstruct", "petra", hops=[0, 1]),
+    "petra-split": _ours("petra, split backward", "reconstruct", "petra", split_backward=True),
+    "dsp": _ours("dsp", "input", "dsp"),
+    "delayed": _ours("delayed", "graph", "delayed"),
+    "pipedream": _ours("pipedream", "graph", "pipedream"),
+    "reversible": _ours("reversible", "reconstruct", "reversible"),
+    "1f1b": Method("DeepSpeed 1F1B", "deepspeed"),
+    "1f1b-checkpoint": Method("DeepSpeed 1F1B, checkpointed", "deepspeed", recover="input", one_rank=False),
+    "dualpipev": Method("DeepSpeed DualPipeV", "dualpipev", one_rank=False),
+}
+"""By the name that ``--methods`` takes."""
+
+ONE_RANK_LABELS = {"1f1b": "DeepSpeed"}
+"""What a method is called where there is no pipeline."""
+
+ONLY_ACROSS_RANKS = {"petra-split"}
+"""Variants of how ranks talk: on one rank they are the method itself."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One world of the benchmark: a method on P ranks with k micro-batches an update."""
+
+    method: str
+    ranks: int
+    k: int
+
+    @property
+    def label(self) -> str:
+        return ONE_RANK_LABELS.get(self.method, METHODS[self.method].label) if self.ranks == 1 else METHODS[self.method].label
+
+    def __str__(self) -> str:
+        return f"{self.label}, P={self.ranks}, k={self.k}"
+
+
+def configurations(methods: Sequence[str], ranks: Sequence[int], k: int) -> list[Configuration]:
+    """All that can run with this k, in the order of the tables."""
+    found = []
+    for p in ranks:
+        for name in methods:
+            method = METHODS[name]
+            fits = method.one_rank and name not in ONLY_ACROSS_RANKS if p == 1 else method.ranks
+            if method.runner == "dualpipev" and k < 2 * p:  # its fill takes twice as many micro-batches as ranks
+                fits = False
+            if fits:
+                found.append(Configuration(name, p, k))
+    return found
+
+
+
+@dataclass(frozen=True)
+class Law:
+    """A ratio of two speeds in samples/s, and what it should be.
+
+    Attributes:
+        name: what it says.
+        fast, slow: numerator and denominator.
+        value: the law.
+        target: the share of the law that is asked for.
+    """
+
+    name: str
+    fast: Configuration
+    slow: Configuration
+    value: float
+    target: float
+
+
+def laws(ranks: int, k: int) -> list[Law]:
+    """The laws for P = ``ranks`` at one k, with forward 1, backward 2, and a re-run forward 1.
+
+    ::
+
+        P = 1   petra / bare loop              1               engine overhead
+                petra / backpropagation        3/4             the re-forward
+        P > 1   any decoupled, P / one rank    P               no bubble
+                petra / 1F1B                   3(1+(P-1)/k)/4
+                delayed / 1F1B                 1+(P-1)/k
+                petra / checkpointed 1F1B      1+(P-1)/k
+    """
+    def at(method: str, p: int = ranks) -> Configuration:
+        return Configuration(method, p, k)
+
+    if ranks == 1:
+        return [
+            Law("engine, petra / bare PETRA loop", at("petra"), at("bare-petra"), 1.0, 1 / 1.05),
+            Law("petra / bare backpropagation", at("petra"), at("bare-backprop"), 3 / 4, 4 / 3 / 1.40),
+            Law("engine, delayed / bare backpropagation", at("delayed"), at("bare-backprop"), 1.0, 1 / 1.05),
+            Law("DeepSpeed / bare backpropagation", at("1f1b"), at("bare-backprop"), 1.0, 0.0),
+        ]
+    bubble = 1 + (ranks - 1) / k
+    return [
+        *(Law(f"{METHODS[m].label}, P={ranks} / P=1", at(m), at(m, 1), ranks, 0.9)
+          for m in ("petra", "petra-01", "dsp", "delayed", "pipedream")),
+        Law("petra / 1F1B", at("petra"), at("1f1b"), 0.75 * bubble, 0.95),
+        Law("petra (0, 1) / 1F1B", at("petra-01"), at("1f1b"), 0.75 * bubble, 0.95),
+        Law("delayed / 1F1B", at("delayed"), at("1f1b"), bubble, 0.95),
+        Law("petra / checkpointed 1F1B", at("petra"), at("1f1b-checkpoint"), bubble, 0.95),
+        Law("1F1B, P / P=1 (its own law)", at("1f1b"), at("1f1b", 1), ranks / bubble, 0.0),
+        Law("split backward / petra", at("petra-split"), at("petra"), 1.0, 0.0),
+        Law("petra / DualPipeV", at("petra"), at("dualpipev"), 0.75, 0.0),
+    ]

@@ -1,0 +1,96 @@
+"""Messages of any shape and type, in order, with their micro-batch checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import worlds
+from ds_decoupled.errors import LinkError
+from ds_decoupled.links import CODECS, LocalLink, Message, RemoteReceiver, RemoteSender
+
+
+def messages() -> list[Message]:
+    """Shapes and types change from message to message; parts may be missing."""
+    g = torch.Generator().manual_seed(0)
+    made = []
+    for m in range(12):
+        x = torch.randn(3 + m % 4, 5, generator=g)
+        ids = torch.arange(7 * (m % 3)).view(-1, 7)
+        made.append(Message(m, ((x, ids, x > 0), torch.tensor(m)) if m % 2 else (x.double().t(), None, (None, x.bfloat16()))))
+    return made
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+    return b is None if a is None else bool(torch.equal(a, b)) and a.dtype == b.dtype
+
+
+def exchange(codec: str) -> list[str]:
+    dist.init_process_group("gloo")
+    group = dist.new_group([0, 1])
+    cpu = torch.device("cpu")
+    if dist.get_rank() == 0:
+        sender = RemoteSender(1, group, cpu, CODECS[codec])
+        for message in messages():
+            sender.send(message)
+        sender.flush(20)
+        assert sender.messages_sent == 12 and sender.bytes_sent > 12 * 1024
+        return []
+    receiver = RemoteReceiver(0, group, cpu, CODECS[codec], 20)
+    receiver.expect(range(12))
+    wrong = []
+    for message in messages():
+        came = receiver.recv(message.micro_batch, "the test")
+        assert came is not None
+        if not same(message.parts, came.parts):
+            wrong.append(f"{message} {came}")
+    return wrong
+
+
+def test_any_shape_arrives() -> None:
+    _, wrong = worlds.run(2, exchange, "none")
+    assert not wrong
+
+
+def test_codec_rounds_floats_alone() -> None:
+    _, wrong = worlds.run(2, exchange, "bf16")
+    assert len(wrong) == 12  # every message has a float32 or float64 part that is rounded
+
+
+def out_of_order() -> str:
+    dist.init_process_group("gloo")
+    group = dist.new_group([0, 1])
+    if dist.get_rank() == 0:
+        sender = RemoteSender(1, group, torch.device("cpu"), CODECS["none"])
+        sender.send(Message(3, (torch.ones(2),)))
+        sender.flush(20)
+        return ""
+    receiver = RemoteReceiver(0, group, torch.device("cpu"), CODECS["none"], 20)
+    receiver.expect([2])
+    with pytest.raises(LinkError, match="stage 1 waits: micro-batch 3 came instead of 2"):
+        receiver.recv(2, "stage 1 waits")
+    with pytest.raises(LinkError, match="the plan sends no such message"):
+        receiver.recv(3, "stage 1 waits")
+    return "checked"
+
+
+def test_another_micro_batch_is_an_error() -> None:
+    assert worlds.run(2, out_of_order)[1] == "checked"
+    link = LocalLink()
+    link.send(Message(1, ()))
+    with pytest.raises(LinkError, match="micro-batch 1 came instead of 0"):
+        link.recv(0, "stage 2")
+    with pytest.raises(LinkError, match="nothing was sent"):
+        link.recv(0, "stage 2")
+
+
+def test_too_many_tensors() -> None:
+    sender = RemoteSender.__new__(RemoteSender)
+    sender.codec = CODECS["none"]
+    with pytest.raises(LinkError, match="Pass fewer tensors"):
+        sender.send(Message(0, (tuple(torch.ones(1, 1, 1) for _ in range(40)),)))

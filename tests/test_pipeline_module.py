@@ -1,0 +1,38 @@
+"""Drop-in use: a plain DeepSpeed ``PipelineModule``, with a block and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import engine_cases
+import worlds
+
+
+def test_without_a_block_it_is_deepspeed() -> None:
+    """Same engine class, same losses as the ``backprop`` preset, which is left to DeepSpeed as well."""
+    case = {"method": "backprop", "batches": 8, "k": 2, "net": "plain"}
+    plain = worlds.run(2, engine_cases.plain_pipeline, {**case, "no_block": True})
+    preset = worlds.run(2, engine_cases.plain_pipeline, case)
+    assert {r["engine"] for r in plain + preset} == {"PipelineEngine"}
+    assert plain[0]["losses"] == preset[0]["losses"]
+
+
+@pytest.mark.parametrize("method", ["pipedream", "delayed", "dsp"])
+def test_modules_functions_and_in_place_layers(method: str) -> None:
+    """J = P ranks by default; on one rank the same two stages."""
+    case = {"method": method, "batches": 10, "stages": "ranks"}
+    two = worlds.run(2, engine_cases.plain_pipeline, case)
+    assert two[0]["engine"] == "DecoupledPipelineEngine" and [r["stages"] for r in two] == [[0], [1]]
+    one = worlds.run(1, engine_cases.plain_pipeline, {**case, "stages": [0, 3, 6]})
+    a, b = engine_cases.merged(two), engine_cases.merged(one)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_flush_by_recomputation_is_backpropagation() -> None:
+    """1F1B with recomputed inputs gives the parameters of DeepSpeed's own 1F1B."""
+    case = {"batches": 12, "k": 4, "method": "backprop"}
+    deepspeed = engine_cases.merged(worlds.run(2, engine_cases.plain_pipeline, case))
+    ours = engine_cases.merged(worlds.run(2, engine_cases.plain_pipeline, {**case, "block": {"recover": "input"}, "stages": 4}))
+    for name, value in deepspeed.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
