@@ -68,16 +68,16 @@ class _PetraLoop:
         """Every stage goes forward with one micro-batch and back with another."""
         last = len(self.layers) - 1
         self.up[0].append(next(self.batches))
-        for s in range(last, -1, -1):
+        top = self.up[last].popleft() if self.up[last] else None
+        for s in range(last - 1, -1, -1):
             if self.up[s]:
                 x, labels = self.up[s].popleft()
-                if s == last:
-                    self._loss(x, labels)
-                else:
-                    self.up[s + 1].append((self._forward(s, x), labels))
+                self.up[s + 1].append((self._forward(s, x), labels))
         for s in range(last):
             if self.down[s]:
                 self._backward(s, *self.down[s].popleft())
+        if top is not None:
+            self._loss(*top)
 
     def _forward(self, s: int, x: Any) -> Any:
         layer = self.layers[s]

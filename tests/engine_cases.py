@@ -206,9 +206,8 @@ def tracked(case: dict[str, Any]) -> dict[str, Any]:
 
 def plain_pipeline(case: dict[str, Any]) -> dict[str, Any]:
     """A plain DeepSpeed ``PipelineModule`` of modules, a function and layers from specs."""
-    from deepspeed.pipe import LayerSpec, PipelineModule
-
     import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
 
     deepspeed.init_distributed()
     torch.manual_seed(case.get("seed", 3))

@@ -1,16 +1,13 @@
-"""Bad input: an error that names the setting, on every rank, at start-up, and no hang; a rank that dies takes the others along."""
+"""Bad input: an error that names the setting, on every rank, at start-up; a rank that dies takes the others along."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import pytest
-
 import engine_cases
+import pytest
 import worlds
-
-SGD = {"type": "SGD", "params": {"lr": 0.1}}
 
 
 @pytest.mark.parametrize("case, words", [

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 import worlds
+
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links import CODECS, LocalLink, Message, RemoteReceiver, RemoteSender
 

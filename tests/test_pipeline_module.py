@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import engine_cases
 import pytest
 import torch
-
-import engine_cases
 import worlds
 
 
