@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,6 +158,18 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self._end = micro_batch
             self._fed = micro_batch - self._first_micro_batch
             self.network.pass_on_end(micro_batch)
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch size by changing k; only with nothing in flight, see :meth:`drain`.
+
+        Raises:
+            RuntimeError: if micro-batches are in flight, whose updates were planned with the old k.
+            ValueError: if the size is not a multiple of micro-batch size times replicas.
+        """
+        if self._tick:
+            raise RuntimeError("set_train_batch_size() needs an empty pipeline: call drain() first")
+        super().set_train_batch_size(train_batch_size)
+        self.plan = replace(self.plan, k=self.micro_batches)
 
     def _run_ticks(self, end: int) -> None:
         """Work through this rank's list up to tick ``end``."""

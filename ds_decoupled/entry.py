@@ -57,10 +57,11 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
     if zero >= 2:
         raise ConfigError("zero_optimization.stage", zero, "0 and 1 work with pipelines: higher stages partition gradients "
                           "that a pipeline accumulates", "Take stage 1.")
-    if (config.get("fp16") or {}).get("enabled") and not axes.flush:
-        raise ConfigError("fp16.enabled", True, "the loss scale of a delayed gradient is not the one in force when it arrives, "
-                          "and an overflow would have to undo the updates of stages that have stepped already",
-                          'Take "bf16" or float32.')
+    if (config.get("fp16") or {}).get("enabled"):
+        why = ("the loss scale of a delayed gradient is not the one in force when it arrives, and an overflow would undo "
+               "the updates of stages that have stepped already" if not axes.flush else
+               "stages that step on their own agree on no common loss scale")
+        raise ConfigError("fp16.enabled", True, why, 'Take "bf16" or float32.')
     tied = compat.tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "

@@ -13,6 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_decoupled.links import Message
@@ -89,11 +90,14 @@ class GradientTracker:
                 continue
             g, e = (torch.cat(side) for side in zip(*pairs))
             g_norm, e_norm = g.norm().item(), e.norm().item()
-            self.results.append({
+            row = {
                 "micro_batch": micro_batch, "stage": stage,
                 "cosine": torch.dot(g, e).item() / (g_norm * e_norm) if g_norm and e_norm else math.nan,
                 "relative_error": (g - e).norm().item() / e_norm if e_norm else math.nan,
-                "norm_ratio": g_norm / e_norm if e_norm else math.nan})
+                "norm_ratio": g_norm / e_norm if e_norm else math.nan}
+            self.results.append(row)
+            logger.info("gradient of micro-batch %d, stage %d: cosine %.4f, relative error %.3g, norm ratio %.4f",
+                        *row.values())
 
     def _exact(self, micro_batch: int) -> dict[int, list[Tensor | None]]:
         """The stages' gradients of ``micro_batch`` by plain backpropagation, scaled as in training."""

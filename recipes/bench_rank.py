@@ -5,6 +5,7 @@ Between two timings it sleeps in a pipe's read and costs nothing, so that many w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -33,7 +34,7 @@ import ds_decoupled
 from ds_decoupled.models import build_model
 from ds_decoupled.profile import layer_times
 
-SGD = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 """The update costs what it costs in training; so small a rate keeps random labels from leading anywhere."""
 
 
@@ -126,6 +127,7 @@ def build(configuration: Configuration, model: Model, bounds: list[int]) -> Runn
     common: dict[str, Any] = {"num_stages": configuration.ranks, "loss_fn": nn.CrossEntropyLoss()}
     if method.runner == "dualpipev":
         del config["decoupled"]
+        deepspeed.init_distributed()
         chains = [LayerSpec(Chain, specs[a:b]) for a, b in itertools.pairwise(bounds)]
         pipeline: Any = DualPipeVModule(layers=chains, partition_method="uniform", **common)
     else:
@@ -252,8 +254,6 @@ def rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, task
         pass
     except BaseException as error:
         with_trace = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        try:
+        with contextlib.suppress(OSError):
             pipe.send(("error", with_trace))
-        except OSError:
-            pass
     os._exit(0)  # no destructor waits for the other ranks

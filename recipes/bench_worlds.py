@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,25 @@ class World:
 
     def answers(self) -> list[Any]:
         """One answer from every rank. Raises :class:`WorldFailed`."""
-        values, errors = [], []
-        for rank, (pipe, log) in enumerate(zip(self._pipes, self._logs)):
-            kind, value = "error", f"no answer within {ANSWER_SECONDS} s"
-            try:
-                # Once a rank has failed, the others wait for it: they have a little time to say more.
-                if pipe.poll(5 if errors else ANSWER_SECONDS):
-                    kind, value = pipe.recv()
-            except (EOFError, OSError):
-                value = f"the process died; the end of its log:\n{log.read_text()[-1000:]}"
-            if kind == "error":
-                errors.append(f"rank {rank}: {value}")
-            values.append(value)
+        values: list[Any] = [None] * len(self._pipes)
+        errors: list[str] = []
+        waiting = dict(zip(self._pipes, range(len(self._pipes))))
+        while waiting:
+            # Once a rank has failed, the others wait for it in vain: they have a little time to say more.
+            ready = wait(list(waiting), 5 if errors else ANSWER_SECONDS)
+            if not ready:
+                errors += [f"rank {rank}: no answer" for rank in waiting.values()]
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    kind, values[rank] = pipe.recv()
+                except (EOFError, OSError):
+                    kind = "error"
+                    values[rank] = f"the process died; the end of its log:\n{self._logs[rank].read_text()[-1000:]}"
+                if kind == "error":
+                    errors.append(f"rank {rank}: {values[rank]}")
         if errors:
             raise WorldFailed("\n".join(errors))
         return values
@@ -89,6 +96,8 @@ def worlds() -> Iterator[Callable[..., World]]:
     """Within, ``start(ranks, task, *args)`` starts worlds; at the end, or on Ctrl-C, all of them are ended."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["OMP_NUM_THREADS"] = "1"
+    # The server that forks the ranks imports its modules by this path alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     started: list[World] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         def start(ranks: int, task: Callable[..., None], *args: Any) -> World:

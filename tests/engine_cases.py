@@ -250,5 +250,21 @@ def die_at(case: dict[str, Any], rank: int, call: int) -> list[str]:
     return []
 
 
+def other_batch_size(case: dict[str, Any]) -> dict[str, Any]:
+    """k changes between two drains."""
+    engine = build(case)
+    data = data_of(case, engine)
+    engine.train_batch(data)
+    try:
+        engine.set_train_batch_size(12)
+    except RuntimeError as error:
+        message = str(error)
+    engine.drain()
+    engine.set_train_batch_size(12)
+    engine.train_batch(data)
+    engine.drain()
+    return {"message": message, "updates": engine.decoupled_summary()["updates"], "k": engine.gradient_accumulation_steps()}
+
+
 def only_build(case: dict[str, Any]) -> None:
     build(case)

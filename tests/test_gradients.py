@@ -38,6 +38,16 @@ def test_gradients_are_backpropagations(method: str, affine: bool) -> None:
         torch.testing.assert_close(result["grads"][name], value, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["petra", "dsp", "reversible"])
+def test_dropout_replays_its_mask(method: str) -> None:
+    """At learning rate 0, a forward that is run again gives the gradients of one whose graph was kept, masks and all."""
+    case = {"batches": 9, "net_args": {"dropout": 0.4}}
+    [again] = worlds.run(1, engine_cases.gradients_at_rest, {**case, "method": method})
+    [kept] = worlds.run(1, engine_cases.gradients_at_rest, {**case, "method": "delayed"})
+    for name, value in kept["grads"].items():
+        torch.testing.assert_close(again["grads"][name], value, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_is_kept(ranks: int) -> None:
     """A reversible stage keeps no tensor between its forward and its backward; records are delay + 1."""

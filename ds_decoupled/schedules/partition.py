@@ -54,8 +54,13 @@ def uniform_bounds(items: int, parts: int) -> list[int]:
     return [items * i // parts for i in range(parts + 1)]
 
 
-def balanced_bounds(weights: Sequence[float], parts: int) -> list[int]:
+def balanced_bounds(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
     """Bounds of ``parts`` non-empty runs whose heaviest run is as light as can be.
+
+    Args:
+        weights: one per item.
+        parts: how many runs.
+        last: what the items weigh in the last run, where that differs (the last stage recomputes nothing).
 
     Exact, by dynamic programming over prefix sums; of the cuts with the same heaviest run, one with the smallest sum of
     squares, so that the rest is even too.
@@ -65,8 +70,11 @@ def balanced_bounds(weights: Sequence[float], parts: int) -> list[int]:
         raise ValueError(f"cannot cut {n} items into {parts} non-empty parts")
     prefix = [0.0, *accumulate(float(w) for w in weights)]
 
+    last_prefix = prefix if last is None else [0.0, *accumulate(float(w) for w in last)]
+
     def run(begin: int, end: int) -> float:
-        return prefix[end] - prefix[begin]
+        sums = last_prefix if end == n else prefix
+        return sums[end] - sums[begin]
 
     lightest = [0.0, *(float("inf") for _ in range(n))]
     for _ in range(parts):

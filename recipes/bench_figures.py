@@ -1,0 +1,83 @@
+"""Two figures beside speed: what methods keep in memory, and how exact a reconstruction is."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from bench_plan import METHODS, Configuration
+from bench_rank import Model, serve
+from bench_report import MIB, table
+from bench_worlds import WorldFailed, worlds
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ds_decoupled.models.residual import BlockShape, basic_branch
+from ds_decoupled.nn import ReversibleCoupling
+
+MEMORY_METHODS = ("petra", "petra-01", "dsp", "delayed", "pipedream")
+
+
+def memory(model: Model, k: int) -> tuple[str, list[dict[str, Any]]]:
+    """Peak bytes held on one rank with one stage a block, over ticks in the steady state: a table, and the numbers."""
+    found: list[dict[str, Any]] = []
+    with worlds() as start:
+        for name in tqdm(MEMORY_METHODS, unit="method"):
+            configuration = Configuration(name, 1, k)
+            world = start(1, serve, configuration, model, [0, len(model.specs())])
+            try:
+                world.answers()
+                found.append({"method": METHODS[name].label, **world.ask("watch", 1)[0]})
+            except WorldFailed as error:
+                found.append({"method": METHODS[name].label, "error": str(error)})
+            world.end()
+    return memory_table(found), found
+
+
+def memory_table(found: list[dict[str, Any]]) -> str:
+    """Peaks, and their ratio to ``delayed``."""
+    base = next((row for row in found if row["method"] == METHODS["delayed"].label and "kept" in row), None)
+    rows: list[list[str]] = []
+    for row in found:
+        if "error" in row:
+            rows.append([row["method"], row["error"].splitlines()[0][:80], "", "", "", "", ""])
+            continue
+        shares = ["" if base is None else f"{row[name] / base[name]:.3f}" for name in ("kept", "with_messages")]
+        rows.append([row["method"], f"{row['kept'] / MIB:.1f}", shares[0], f"{row['with_messages'] / MIB:.1f}", shares[1],
+                     f"{row['stashed'] / MIB:.1f}", f"{row['peak_memory_bytes'] / MIB:.0f}"])
+    return table(["method", "activations kept by stages, MiB", "/ delayed", "with messages on their way, MiB", "/ delayed",
+                  "stashed weights, MiB", "process, above the start, MiB"], rows)
+
+
+def reconstruction(channels: int, size: int, batch: int, blocks: int = 8) -> tuple[str, list[dict[str, Any]]]:
+    """Relative error of the rebuilt input of ``blocks`` couplings, nothing having been updated, and of its gradient.
+
+    The gradient is compared with that of the same couplings in the same types by autograd.
+    """
+    cases = [("float32", torch.float32, torch.float32), ("bf16, float32 streams", torch.bfloat16, torch.float32),
+             ("bf16, bf16 streams", torch.bfloat16, torch.bfloat16)]
+    found = []
+    for name, weights, streams in cases:
+        torch.manual_seed(0)
+        couplings = [ReversibleCoupling(basic_branch(BlockShape(channels, channels, 1), last_relu=True).to(weights),
+                                        stream_dtype=streams) for _ in range(blocks)]
+        inputs = tuple(torch.randn(batch, channels, size, size).to(streams).requires_grad_() for _ in range(2))
+        grads = tuple(torch.randn(batch, channels, size, size).to(streams) for _ in range(2))
+        outputs = nn.Sequential(*couplings)(inputs)
+        wanted = torch.autograd.grad(outputs, inputs, grads)
+        x: Any = tuple(y.detach() for y in outputs)
+        dx: Any = grads
+        for coupling in reversed(couplings):
+            x, dx = coupling.reverse(x, dx)
+        found.append({"types": name, "input_error": relative_error(x, inputs), "gradient_error": relative_error(dx, wanted)})
+    rows = [[str(row["types"]), f"{row['input_error']:.1e}", f"{row['gradient_error']:.1e}"] for row in found]
+    return table([f"{blocks} couplings, {channels} channels, {size}x{size}, micro-batch {batch}", "error of the rebuilt input",
+                  "error of its gradient"], rows), found
+
+
+def relative_error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+    """``|found - wanted| / |wanted|`` over all tensors together."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in itertools.zip_longest(found, wanted)]
+    error = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+    return float(error / torch.stack([b.norm() for _, b in pairs]).norm())

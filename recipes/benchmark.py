@@ -1,0 +1,185 @@
+"""Methods times ranks in one run on one model, beside bare loops and DeepSpeed's own pipelines.
+
+    python recipes/benchmark.py                       speed: every method at P = 1 and 2, k = 1, 4, 16
+    python recipes/benchmark.py --quick               the same on a tiny model, as a check that all of it runs
+    python recipes/benchmark.py memory                activations kept, by method
+    python recipes/benchmark.py reconstruction        how exact a rebuilt input is
+
+On CPU, with one core and one thread a rank. All worlds of one k are alive at once and take turns, round by round, so that
+noise of the machine hits all alike; ratios are taken within a round, and medians over the rounds. Timings leave out
+start-up and the pipeline's fill: methods with a delayed update are timed in their steady state, others by whole calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_figures
+import common
+from bench_plan import METHODS, Configuration, configurations, laws
+from bench_rank import Model, profile, serve
+from bench_report import (
+    Measurement,
+    as_json,
+    environment,
+    headline,
+    law_table,
+    laws_as_json,
+    speed_table,
+    table,
+)
+from bench_worlds import World, WorldFailed, worlds
+from tqdm import tqdm
+
+from ds_decoupled.models import MODELS
+from ds_decoupled.schedules import balanced_bounds
+
+QUICK = {"width": 8, "image_size": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", nargs="?", default="speed", choices=("speed", "memory", "reconstruction"))
+    parser.add_argument("--model", default="revnet18", choices=MODELS)
+    parser.add_argument("--width", type=int, default=64, help="channels of the first group (default: 64)")
+    parser.add_argument("--image_size", type=int, default=16, help="pixels a side (default: 16)")
+    parser.add_argument("--micro_batch", type=int, default=32, help="images (default: 32)")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="micro-batches an update (default: 1 4 16)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="pipeline ranks P (default: 1 2)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
+                        help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    parser.add_argument("--calls", type=int, default=1, help="train_batch calls a timing at the largest k; at a smaller k as "
+                        "many as feed as many micro-batches (default: 1)")
+    parser.add_argument("--output", type=Path, help="JSON file of all numbers (default: runs/benchmark.json)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        for name, value in QUICK.items():
+            setattr(args, name, value)
+    for name in ("width", "image_size", "micro_batch", "repeats", "calls"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
+    for name in ("k", "ranks"):
+        if min(getattr(args, name)) < 1:
+            parser.error(f"--{name} {min(getattr(args, name))}: it must be at least 1")
+    if not args.model.startswith("revnet"):
+        reversible = [m for m in args.methods if METHODS[m].recover == "reconstruct"]
+        args.methods = [m for m in args.methods if m not in reversible]
+        print(f"{args.model} has no layer that can be inverted: leaving out {', '.join(reversible)}", file=sys.stderr)
+    return args
+
+
+def measure_layers(start: Callable[..., World], model: Model) -> dict[str, list[float]]:
+    """Seconds of every layer, by value of the ``recover`` axis: measured once, so that all are cut by the same numbers."""
+    world = start(1, profile, model)
+    times: dict[str, list[float]] = world.answers()[0]
+    world.end()
+    return times
+
+
+def bounds_for(configuration: Configuration, times: dict[str, list[float]]) -> list[int]:
+    """The layers at which ranks begin, balanced by what they cost under this method."""
+    method = METHODS[configuration.method]
+    parts = configuration.ranks * (2 if method.runner == "dualpipev" else 1)
+    return balanced_bounds(times[method.recover], parts)
+
+
+def measure(start: Callable[..., World], model: Model, chosen: list[Configuration], times: dict[str, list[float]],
+            micro_batches: int, repeats: int) -> dict[Configuration, Measurement]:
+    """Start a world for each configuration, time them in turns, then look at their memory."""
+    measured = {c: Measurement(bounds=bounds_for(c, times)) for c in chosen}
+    alive: dict[Configuration, World] = {}
+    bar = tqdm(total=(repeats + 2) * len(chosen), unit="timing")
+
+    def attempt(c: Configuration, action: Callable[[Configuration], object]) -> None:
+        bar.set_postfix_str(str(c))
+        try:
+            action(c)
+        except WorldFailed as error:
+            measured[c].error = str(error)
+            alive.pop(c).end()
+            bar.write(f"{c} failed: {error}")
+        bar.update()
+
+    def begin(c: Configuration) -> None:
+        alive[c] = start(c.ranks, serve, c, model, measured[c].bounds)
+        alive[c].answers()
+
+    def time_once(c: Configuration) -> None:
+        calls = math.ceil(micro_batches / c.k)
+        measured[c].add(alive[c].ask("time", calls), calls * c.k * model.micro_batch)
+
+    def watch(c: Configuration) -> None:
+        measured[c].watched = alive[c].ask("watch", 1)
+
+    for c in chosen:
+        attempt(c, begin)
+    for _ in range(repeats):
+        for c in chosen:
+            if c in alive:
+                attempt(c, time_once)
+            if c not in alive:
+                measured[c].rates.append(None)
+    for c in list(alive):
+        attempt(c, watch)
+    for world in alive.values():
+        world.end()
+    bar.close()
+    return measured
+
+
+def speed(args: argparse.Namespace, model: Model) -> tuple[str, dict[str, Any]]:
+    """The tables and all numbers."""
+    measured: dict[Configuration, Measurement] = {}
+    with worlds() as start:
+        times = measure_layers(start, model)
+        for k in args.k:
+            chosen = configurations(args.methods, args.ranks, k)
+            measured |= measure(start, model, chosen, times, args.calls * max(args.k), args.repeats)
+    rules = [law for ranks in args.ranks for k in args.k for law in laws(ranks, k)]
+    cuts: dict[tuple[str, ...], list[str]] = {}
+    for c, m in measured.items():
+        if c.ranks > 1:
+            cost = times[METHODS[c.method].recover]
+            shares = [sum(cost[a:b]) / sum(cost) for a, b in zip(m.bounds, m.bounds[1:])]
+            row = str(c.ranks), str(m.bounds), " / ".join(f"{share:.1%}" for share in shares)
+            cuts.setdefault(row, []).append(c.label)
+    partitions = table(["methods", "P", "ranks begin at layers", "share of the measured time"],
+                       ([", ".join(dict.fromkeys(labels)), *row] for row, labels in cuts.items()))
+    text = "\n\n".join([speed_table(measured), law_table(measured, rules), partitions])
+    return text, {"measured": as_json(measured), "laws": laws_as_json(measured, rules), "layer_seconds": times}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, print, write."""
+    args = parse_arguments(arguments)
+    model = Model(args.model, args.width, args.image_size, args.micro_batch)
+    about = f"{args.model} at width {args.width}, {args.image_size} x {args.image_size} images, micro-batch {args.micro_batch}"
+    try:
+        if args.figure == "speed":
+            text, numbers = speed(args, model)
+            about = f"{about}; medians of {args.repeats} rounds"
+        elif args.figure == "memory":
+            text, found = bench_figures.memory(model, args.k[0])
+            numbers, about = {"memory": found}, f"{about}, one stage a block, one rank, k = {args.k[0]}"
+        else:
+            text, found = bench_figures.reconstruction(args.width, args.image_size, args.micro_batch)
+            numbers, about = {"reconstruction": found}, "A reversible run at learning rate 0"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    facts = environment()
+    print(f"\n{headline(facts, about)}\n{text}")
+    output = args.output or Path("runs") / ("benchmark.json" if args.figure == "speed" else f"{args.figure}.json")
+    common.write_json(output, {"environment": facts, "arguments": {n: str(v) if isinstance(v, Path) else v
+                                                                   for n, v in vars(args).items()}, **numbers})
+    print(f"\nnumbers: {output}")
+
+
+if __name__ == "__main__":
+    main()

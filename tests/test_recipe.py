@@ -1,0 +1,66 @@
+"""The training recipe as a user starts it, by DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import engine_cases
+import pytest
+import worlds
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {"method", "model", "data", "stages", "pipe_ranks", "seed", "epochs", "train_loss", "test_accuracy",
+          "samples_per_second", "peak_memory_bytes", "bytes_sent_per_sample", "delays", "config"}
+
+
+def launch(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """``deepspeed recipes/train_resnet.py ARGUMENTS``."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds._free_port()), "recipes/train_resnet.py",
+               *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("method, ranks", [("petra", 2), ("backprop", 1)])
+def test_trains_and_reports(method: str, ranks: int, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    done = launch("--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4", "--image_size", "8",
+                  "--summary", str(summary), ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(summary.read_text())
+    assert results.keys() >= FIELDS
+    assert results["method"] == method and results["pipe_ranks"] == ranks and results["epochs"] == 2
+    assert results["test_accuracy"] > 0.3 and results["samples_per_second"] > 0
+    if method == "petra":
+        assert results["stages"] == 10 and results["delays"] == list(range(18, -1, -2))
+        assert results["bytes_sent_per_sample"] > 0
+    assert summary.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "nowhere"], ["--data", "nowhere"]),
+    (["--pipe_ranks", "3"], ["pipe_ranks", "3"]),
+])
+def test_bad_arguments(arguments: list[str], words: list[str]) -> None:
+    done = launch("--deepspeed_config", "ds_configs/petra.json", *arguments)
+    assert done.returncode != 0
+    for word in words:
+        assert word in done.stdout + done.stderr
+
+
+def test_shipped_configurations_are_sound() -> None:
+    from ds_decoupled.config import PRESETS, parse_block
+
+    files = {path.stem: parse_block(path) for path in (ROOT / "ds_configs").glob("*.json")}
+    assert set(files) >= set(PRESETS)
+    assert all(block is not None and block.method == name for name, block in files.items() if name in PRESETS)
+
+
+def test_k_may_change_when_nothing_is_in_flight() -> None:
+    [result] = worlds.run(1, engine_cases.other_batch_size, {"method": "petra", "k": 2, "batches": 10})
+    assert "call drain() first" in result["message"]
+    assert result["k"] == 3 and result["updates"] == [2] * 7
