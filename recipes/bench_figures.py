@@ -10,7 +10,7 @@ from bench_plan import METHODS, Configuration
 from bench_rank import Model, serve
 from bench_report import MIB, table
 from bench_worlds import WorldFailed, worlds
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ds_decoupled.models.residual import BlockShape, basic_branch
@@ -51,29 +51,35 @@ def memory_table(found: list[dict[str, Any]]) -> str:
 
 
 def reconstruction(channels: int, size: int, batch: int, blocks: int = 8) -> tuple[str, list[dict[str, Any]]]:
-    """Relative error of the rebuilt input of ``blocks`` couplings, nothing having been updated, and of its gradient.
+    """Relative error of the input rebuilt through 1 to ``blocks`` couplings, nothing having been updated, and of its gradient.
 
-    The gradient is compared with that of the same couplings in the same types by autograd.
+    Each is compared with what the forward pass saw at that depth; the gradient, with autograd's through the same couplings.
     """
     cases = [("float32", torch.float32, torch.float32), ("bf16, float32 streams", torch.bfloat16, torch.float32),
              ("bf16, bf16 streams", torch.bfloat16, torch.bfloat16)]
-    found = []
+    shown = sorted({depth for depth in (1, 2, 4) if depth < blocks} | {blocks})
+    found: list[dict[str, Any]] = []
     for name, weights, streams in cases:
         torch.manual_seed(0)
         couplings = [ReversibleCoupling(basic_branch(BlockShape(channels, channels, 1), last_relu=True).to(weights),
                                         stream_dtype=streams) for _ in range(blocks)]
         inputs = tuple(torch.randn(batch, channels, size, size).to(streams).requires_grad_() for _ in range(2))
         grads = tuple(torch.randn(batch, channels, size, size).to(streams) for _ in range(2))
-        outputs = nn.Sequential(*couplings)(inputs)
-        wanted = torch.autograd.grad(outputs, inputs, grads)
-        x: Any = tuple(y.detach() for y in outputs)
+        passed: list[Any] = [inputs]
+        for coupling in couplings:
+            passed.append(coupling(passed[-1]))
+        wanted = torch.autograd.grad(passed[-1], inputs, grads)
+        x: Any = tuple(y.detach() for y in passed.pop())
         dx: Any = grads
+        errors = []
         for coupling in reversed(couplings):
             x, dx = coupling.reverse(x, dx)
-        found.append({"types": name, "input_error": relative_error(x, inputs), "gradient_error": relative_error(dx, wanted)})
-    rows = [[str(row["types"]), f"{row['input_error']:.1e}", f"{row['gradient_error']:.1e}"] for row in found]
-    return table([f"{blocks} couplings, {channels} channels, {size}x{size}, micro-batch {batch}", "error of the rebuilt input",
-                  "error of its gradient"], rows), found
+            errors.append(relative_error(x, passed.pop()))
+        found.append({"types": name, "input_errors": errors, "gradient_error": relative_error(dx, wanted)})
+    rows = [[str(row["types"]), *(f"{row['input_errors'][depth - 1]:.1e}" for depth in shown),
+             f"{row['gradient_error']:.1e}"] for row in found]
+    return table([f"{channels} channels, {size}x{size}, micro-batch {batch}", *(f"input rebuilt through {d}" for d in shown),
+                  f"its gradient through {blocks}"], rows), found
 
 
 def relative_error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:

@@ -71,14 +71,14 @@ class Configuration:
         return f"{self.label}, P={self.ranks}, k={self.k}"
 
 
-def configurations(methods: Sequence[str], ranks: Sequence[int], k: int) -> list[Configuration]:
-    """All that can run with this k, in the order of the tables."""
+def configurations(methods: Sequence[str], ranks: Sequence[int], k: int, layers: int) -> list[Configuration]:
+    """All that can run with this k on a model of so many layers, in the order of the tables."""
     found = []
     for p in ranks:
         for name in methods:
             method = METHODS[name]
             fits = method.one_rank and name not in ONLY_ACROSS_RANKS if p == 1 else method.ranks
-            if method.runner == "dualpipev" and k < 2 * p:  # its fill takes twice as many micro-batches as ranks
+            if method.runner == "dualpipev" and 2 * p > min(k, layers):  # 2P stages, and as many micro-batches to fill them
                 fits = False
             if fits:
                 found.append(Configuration(name, p, k))

@@ -36,7 +36,7 @@ from bench_report import (
 from bench_worlds import World, WorldFailed, worlds
 from tqdm import tqdm
 
-from ds_decoupled.models import MODELS
+from ds_decoupled.models import MODELS, build_model
 from ds_decoupled.schedules import balanced_bounds
 
 QUICK = {"width": 8, "image_size": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
@@ -58,16 +58,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         "many as feed as many micro-batches (default: 1)")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers (default: runs/benchmark.json)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(arguments)
-    if args.quick:
-        for name, value in QUICK.items():
-            setattr(args, name, value)
     for name in ("width", "image_size", "micro_batch", "repeats", "calls"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
     for name in ("k", "ranks"):
         if min(getattr(args, name)) < 1:
             parser.error(f"--{name} {min(getattr(args, name))}: it must be at least 1")
+    layers = len(build_model(args.model))
+    if max(args.ranks) > layers:
+        parser.error(f"--ranks {max(args.ranks)}: {args.model} has {layers} layers, and a rank needs one at least")
     if not args.model.startswith("revnet"):
         reversible = [m for m in args.methods if METHODS[m].recover == "reconstruct"]
         args.methods = [m for m in args.methods if m not in reversible]
@@ -140,7 +142,7 @@ def speed(args: argparse.Namespace, model: Model) -> tuple[str, dict[str, Any]]:
     with worlds() as start:
         times = measure_layers(start, model)
         for k in args.k:
-            chosen = configurations(args.methods, args.ranks, k)
+            chosen = configurations(args.methods, args.ranks, k, layers=len(model.specs()))
             measured |= measure(start, model, chosen, times, args.calls * max(args.k), args.repeats)
     rules = [law for ranks in args.ranks for k in args.k for law in laws(ranks, k)]
     cuts: dict[tuple[str, ...], list[str]] = {}

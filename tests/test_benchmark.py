@@ -1,0 +1,192 @@
+"""The benchmark: its laws and ratios, its bare loops, its worlds, and a tiny run from end to end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worlds
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+import bench_plan
+import bench_report
+from bench_plan import Configuration, configurations, laws
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TINY = ["--width", "4", "--image_size", "8", "--micro_batch", "4"]
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(RECIPES / "benchmark.py"), *arguments], capture_output=True, text=True,
+                          timeout=200)
+
+
+# -- the plan and the numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "petra", "delayed"), [(1, 1.5, 2.0), (4, 0.9375, 1.25), (16, 0.796875, 1.0625)])
+def test_laws_at_two_ranks(k: int, petra: float, delayed: float) -> None:
+    values = {law.name: law.value for law in laws(2, k)}
+    assert values["petra / 1F1B"] == petra
+    assert values["delayed / 1F1B"] == values["petra / checkpointed 1F1B"] == delayed
+    assert values["petra, P=2 / P=1"] == 2
+
+
+def test_only_what_can_run() -> None:
+    names = list(bench_plan.METHODS)
+    one = {c.method for c in configurations(names, [1], 4, layers=10)}
+    two = {c.method for c in configurations(names, [2], 4, layers=10)}
+    assert {"bare-petra", "petra", "1f1b"} <= one and not one & {"dualpipev", "petra-split", "1f1b-checkpoint"}
+    assert {"dualpipev", "petra-split", "1f1b-checkpoint"} <= two and not two & {"bare-petra", "bare-backprop"}
+    assert "dualpipev" not in {c.method for c in configurations(names, [2], 1, layers=10)}
+    assert "dualpipev" not in {c.method for c in configurations(names, [2], 4, layers=3)}
+
+
+def test_ratio_is_taken_within_a_round() -> None:
+    """A machine that is three times slower in one round moves both speeds and not their ratio."""
+    law = next(law for law in laws(2, 1) if law.name == "petra / 1F1B")
+    fast, slow = bench_report.Measurement(), bench_report.Measurement()
+    fast.rates, slow.rates = [30.0, 10.0, 30.0, None], [20.0, 6.0, 20.0, 20.0]
+    assert bench_report.ratio({law.fast: fast, law.slow: slow}, law) == 1.5
+    assert bench_report.ratio({law.fast: fast}, law) is None
+    assert "1.000 | 0.95 | yes" in bench_report.law_table({law.fast: fast, law.slow: slow}, [law])
+
+
+def test_idle_counts_waits_and_the_end() -> None:
+    measurement = bench_report.Measurement()
+    measurement.add([{"start": 0.0, "end": 8.0, "waited": 1.0, "cpu": 7.0, "bytes_sent": 30.0},
+                     {"start": 0.0, "end": 10.0, "waited": 0.0, "cpu": 10.0, "bytes_sent": 10.0}], samples=20)
+    assert measurement.rates == [2.0] and measurement.bytes_per_sample == 2.0
+    assert measurement.idle[0] == pytest.approx([0.3, 0.0])
+
+
+# -- the bare loops ---------------------------------------------------------------------------------------------------------
+
+
+def states_after(method: str, bare: str, k: int, calls: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters and running statistics of the engine's run and of the bare loop's, from the same start."""
+    import functools
+
+    import bench_bare
+    import bench_rank
+
+    bench_rank.SGD["lr"] = 0.1
+    model = bench_rank.Model("revnet18", 4, 8, 4)
+    runner = bench_rank.build(Configuration(method, 1, k), model, [0, 10])
+    layers = [spec.build() for spec in model.specs()]
+    for mine, theirs in zip(layers, runner.engine.module.forward_funcs):
+        mine.load_state_dict(theirs.state_dict())
+    call = getattr(bench_bare, bare)(layers, model.batches(), k, functools.partial(torch.optim.SGD, **bench_rank.SGD))
+    start = [p.clone() for layer in layers for p in layer.parameters()]
+    for _ in range(calls):
+        runner.call()
+        call()
+    assert any(not torch.equal(a, b) for a, b in zip(start, (p for layer in layers for p in layer.parameters())))
+    return ([t.detach() for layer in runner.engine.module.forward_funcs for t in layer.state_dict().values()],
+            [t.detach() for layer in layers for t in layer.state_dict().values()])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_bare_petra_is_petra(k: int) -> None:
+    """Overhead is measured against the same arithmetic: the same numbers, with everything in flight."""
+    engine, bare = worlds.run(1, states_after, "petra", "petra_loop", k, 24)[0]
+    for a, b in zip(engine, bare, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bare_backprop_is_backprop() -> None:
+    engine, bare = worlds.run(1, states_after, "reversible", "backprop_loop", 2, 3)[0]
+    for a, b in zip(engine, bare, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the rebuilt inputs differ in their last bits
+
+
+# -- worlds -------------------------------------------------------------------------------------------------------------------
+
+
+def second_rank_fails(pipe: Connection) -> None:
+    import os
+
+    if os.environ["RANK"] == "1":
+        raise ValueError("no such thing")
+    time.sleep(1000)
+
+
+def echo(pipe: Connection, factor: int) -> None:
+    pipe.send(("ready", {}))
+    while True:
+        pipe.send(("times", factor * pipe.recv()[0]))
+
+
+def test_a_failed_world_says_why_and_the_others_go_on() -> None:
+    from bench_worlds import WorldFailed
+    from bench_worlds import worlds as many
+
+    with many() as start:
+        well, ill = start(2, echo, 7), start(2, second_rank_fails)
+        begun = time.monotonic()
+        with pytest.raises(WorldFailed, match="rank 1: ValueError: no such thing"):
+            ill.answers()
+        assert time.monotonic() - begun < 60
+        assert well.answers() == [{}, {}]
+        assert well.ask(6) == [42, 42]
+        processes = list(itertools.chain(well._processes, ill._processes))
+    assert not any(process.is_alive() for process in processes)
+
+
+# -- from end to end -----------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_run(tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    done = run_benchmark("--quick", *TINY, "--k", "1", "4", "--output", str(output), "--methods", "bare-backprop", "bare-petra",
+                         "petra", "delayed", "1f1b", "1f1b-checkpoint", "dualpipev")
+    assert done.returncode == 0, done.stderr
+    numbers: dict[str, Any] = json.loads(output.read_text())
+    rows = {(row["method"], row["ranks"], row["k"]): row for row in numbers["measured"]}
+    assert len(rows) == 5 + 4 + 5 + 5 and ("dualpipev", 2, 4) in rows
+    for key, row in rows.items():
+        assert row["error"] is None and len(row["rates"]) == 2 and row["samples_per_second"] > 0, key
+        assert (row["bytes_per_sample"] > 0) == (row["ranks"] > 1), key
+        assert all(0 <= share < 1 for shares in row["idle"] for share in shares), key
+    assert rows["petra", 2, 1]["bounds"] == rows["1f1b-checkpoint", 2, 1]["bounds"]
+    # Streams of 4 channels by the cut's place; PETRA sends activations up, activations and gradients down: three for two.
+    cut = rows["petra", 2, 1]["bounds"] == rows["delayed", 2, 1]["bounds"]
+    assert not cut or 2 < rows["petra", 2, 1]["bytes_per_sample"] / rows["delayed", 2, 1]["bytes_per_sample"] * 2 < 3.2
+    kept = {method: rows[method, 1, 1]["watched"][0]["kept"] for method in ("petra", "delayed")}
+    assert kept["petra"] < 0.4 * kept["delayed"]
+    assert {law["name"] for law in numbers["laws"]} >= {"petra / 1F1B", "petra / DualPipeV", "petra / bare backpropagation"}
+    assert "| petra | 2 | 4 |" in done.stdout and numbers["environment"]["cpu"] in done.stdout
+
+
+def test_memory_and_reconstruction(tmp_path: Path) -> None:
+    done = run_benchmark("memory", *TINY, "--k", "1", "--output", str(tmp_path / "memory.json"))
+    assert done.returncode == 0, done.stderr
+    found = {row["method"]: row for row in json.loads((tmp_path / "memory.json").read_text())["memory"]}
+    assert found["petra"]["kept"] < found["dsp"]["kept"] < found["delayed"]["kept"]
+    assert found["pipedream"]["stashed"] > 0 == found["petra"]["stashed"]
+
+    done = run_benchmark("reconstruction", *TINY, "--output", str(tmp_path / "reconstruction.json"))
+    assert done.returncode == 0, done.stderr
+    errors = {row["types"]: row["input_errors"] for row in
+              json.loads((tmp_path / "reconstruction.json").read_text())["reconstruction"]}
+    assert len(errors["float32"]) == 8 and max(errors["float32"]) <= 1e-5
+    assert errors["bf16, float32 streams"][0] < 1e-6 < errors["bf16, bf16 streams"][0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--ranks", "11"], "--ranks 11: revnet18 has 10 layers"),
+    (["--k", "0"], "--k 0: it must be at least 1"),
+    (["--methods", "adam"], "invalid choice: 'adam'"),
+])
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    done = run_benchmark(*arguments)
+    assert done.returncode == 2 and message in done.stderr
