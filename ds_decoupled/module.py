@@ -108,27 +108,30 @@ class DecoupledPipelineModule(PipelineModuleBase):
 
     def rank_layer_bounds(self) -> list[int]:
         """Cut the layers into stages, spread the stages over the ranks."""
-        weights = self._layer_weights()
-        stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts)
-        self.placement = place(stage_bounds, self.num_stages, weights, self._partition_setting)
+        weights, last = self._layer_weights()
+        stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts, last)
+        self.placement = place(stage_bounds, self.num_stages, weights, self._partition_setting, last)
         return self.placement.rank_layer_bounds
 
-    def _layer_weights(self) -> list[float]:
-        """What each layer weighs in the partition."""
+    def _layer_weights(self) -> tuple[list[float], list[float]]:
+        """What each layer weighs in the partition, and what it weighs in the last stage."""
         method = self._partition_setting
         if method == "uniform" or isinstance(method, list):
-            return [1.0] * len(layer_specs(self))
+            return ([1.0] * len(layer_specs(self)),) * 2
         if method == "parameters":
-            return layer_parameters(self)
+            return (layer_parameters(self),) * 2
         if method == "profile":
             if self._sample_input is None:
                 raise ConfigError(f"{BLOCK}.partition", "profile", "times the layers on a sample input",
                                   "Give DecoupledPipelineModule a sample_input: one micro-batch of inputs.")
-            return layer_times(layer_specs(self), self._sample_input, self._recover)
+            times = layer_times(layer_specs(self), self._sample_input)
+            # The last stage goes forward and back at once and runs nothing again.
+            return [t.cost(self._recover != "graph") for t in times], [t.cost(False) for t in times]
         raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
 
 
-def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int]) -> list[int]:
+def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int],
+                    last: Sequence[float] | None = None) -> list[int]:
     """Layer indices at which stages begin, and the number of layers.
 
     Args:
@@ -136,6 +139,7 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
         ranks: P.
         weights: one per layer.
         starts: the layers that begin a block, where the model marks them.
+        last: what the layers weigh in the last stage, if not the same.
     """
     name, layers = f"{BLOCK}.stages", len(weights)
     if isinstance(setting, list):
@@ -152,14 +156,15 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
         if count > layers:
             raise ConfigError(name, setting, f"{count} stages need as many layers, the model has {layers}",
                               f'Take at most {layers}, or "blocks".')
-        bounds = _cut(weights, count)
+        bounds = _cut(weights, count, last)
     if len(bounds) - 1 < ranks:
         raise ConfigError(name, setting, f"{len(bounds) - 1} stages (J) cannot fill {ranks} pipe ranks (P): J >= P",
                           "Take more stages or fewer ranks.")
     return bounds
 
 
-def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], partition: str | list[int]) -> Placement:
+def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], partition: str | list[int],
+          last: Sequence[float] | None = None) -> Placement:
     """Stages on ranks: balanced by weight, or at the user's layer bounds."""
     name = f"{BLOCK}.partition"
     if isinstance(partition, list):
@@ -172,11 +177,12 @@ def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], partiti
                               f"Stages begin at {stage_bounds[:-1]}.")
         return Placement(tuple(stage_bounds), tuple(stage_bounds.index(b) for b in partition))
     stage_weights = [sum(weights[a:b]) for a, b in zip(stage_bounds, stage_bounds[1:])]
+    stage_weights[-1] = sum((last or weights)[stage_bounds[-2]:])
     return Placement(tuple(stage_bounds), tuple(_cut(stage_weights, ranks)))
 
 
-def _cut(weights: Sequence[float], parts: int) -> list[int]:
-    return balanced_bounds(weights, parts) if any(weights) else uniform_bounds(len(weights), parts)
+def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
+    return balanced_bounds(weights, parts, last) if any(weights) else uniform_bounds(len(weights), parts)
 
 
 def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Placement:

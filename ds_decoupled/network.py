@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_decoupled.links import Codec, LocalLink, Message, RemoteReceiver, RemoteSender
+from ds_decoupled.links import Codec, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
 from ds_decoupled.schedules import Plan
 
 #: One process group a direction, so that no message waits behind one that goes the other way; evaluation has its own, so
@@ -24,6 +24,18 @@ def _make_groups(grid: Any, track: bool) -> dict[str, Any]:
             if grid.global_rank in ranks:
                 own[direction] = group
     return own
+
+
+def _open(group: Any, before: int | None, after: int | None, sends_first: bool, device: torch.device) -> None:
+    """Send one number along the chain. NCCL makes a pair's communicator at its first message and blocks both hosts until
+    both are there; a receive posted ahead would wait for a sender that waits for something else."""
+    number = torch.zeros(1, device=device)
+    if sends_first and after is not None:
+        dist.send(number, after, group=group)
+    if before is not None:
+        dist.recv(number, before, group=group)
+    if not sends_first and after is not None:
+        dist.send(number, after, group=group)
 
 
 class Pair:
@@ -66,6 +78,7 @@ class Network:
             for name, group in _make_groups(grid, track).items():
                 ends = (above, below) if "backward" in name else (below, above)
                 self._up[name] = Pair(group, *ends, device, codec, timeout)
+                _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
             self._up = {name: Pair(None, None, None, device, codec, timeout) for name in _DIRECTIONS}
         self._forward, self._backward = self._up["forward"], self._up["backward"]

@@ -95,6 +95,31 @@ class Chain(nn.Module):
         return self.layers(x)
 
 
+class Bordered(nn.Module):
+    """A layer at a rank's border, between which one tensor travels: both streams of a RevNet, stacked.
+
+    DeepSpeed's backward runs once for every tensor of a tuple, each time through the rank's whole graph; so two streams would
+    cost its pipelines two backwards, and the comparison would be unfair to it.
+    """
+
+    def __init__(self, spec: LayerSpec, splits: bool, joins: bool) -> None:
+        super().__init__()
+        self.layer, self.splits, self.joins = spec.build(), splits, joins
+
+    def forward(self, x: Any) -> Any:
+        if self.splits and x.dim() == 5:
+            x = tuple(x.unbind())
+        y = self.layer(x)
+        return torch.stack(y) if self.joins and isinstance(y, tuple) else y
+
+
+def one_tensor_borders(specs: list[LayerSpec], bounds: list[int]) -> list[LayerSpec]:
+    """``specs`` with :class:`Bordered` layers on both sides of every inner bound."""
+    inner = bounds[1:-1]
+    return [LayerSpec(Bordered, spec, i in inner, i + 1 in inner) if i in inner or i + 1 in inner else spec
+            for i, spec in enumerate(specs)]
+
+
 @dataclass
 class Runner:
     """A method, ready to run.
@@ -124,6 +149,8 @@ def build(configuration: Configuration, model: Model, bounds: list[int]) -> Runn
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": model.micro_batch, "gradient_accumulation_steps": k,
                               "gradient_clipping": 0.0, "optimizer": {"type": "SGD", "params": SGD},
                               "steps_per_print": 10**9, "decoupled": method.block or {"method": "backprop"}}
+    if method.runner != "engine":
+        specs = one_tensor_borders(specs, bounds)
     common: dict[str, Any] = {"num_stages": configuration.ranks, "loss_fn": nn.CrossEntropyLoss()}
     if method.runner == "dualpipev":
         del config["decoupled"]
@@ -230,8 +257,11 @@ def profile(pipe: Connection, model: Model) -> None:
     """Measured seconds of every layer, by value of the ``recover`` axis, as ``"partition": "profile"`` measures them."""
     deepspeed.init_distributed(dist_backend="gloo")
     sample, _ = next(model.batches())
-    times = {recover: layer_times(model.specs(), sample, recover) for recover in ("graph", "input")}
-    pipe.send(("profiled", times | {"reconstruct": times["input"]}))
+    times = layer_times(model.specs(), sample)
+    last = len(times) - 1  # the last layer's stage goes forward and back at once
+    costs = {recover: [t.cost(recover != "graph" and i < last) for i, t in enumerate(times)]
+             for recover in ("graph", "input", "reconstruct")}
+    pipe.send(("profiled", costs))
 
 
 def rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, task: Callable[..., None],

@@ -39,6 +39,8 @@ def distributed(backend: str | None) -> Iterator[None]:
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if accelerator.device_name() != "cpu":
+        # With fewer devices than processes (and gloo) several share one; DeepSpeed reads the device from here.
+        os.environ["LOCAL_RANK"] = str(local_rank % accelerator.device_count())
         accelerator.set_device(local_rank % accelerator.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would take turns.

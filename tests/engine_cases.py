@@ -6,10 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from nets import NETS, batches
+from nets import NETS, batches, token_batches
 from torch import nn
 
 import ds_decoupled
+from ds_decoupled.models import next_token_loss
 
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def build(case: dict[str, Any]) -> Any:
     config = config_of(case)
     model = ds_decoupled.DecoupledPipelineModule(
         NETS[case.get("net", "reversible")](**case.get("net_args", {})), num_stages=case.get("pipe_ranks"), config=config,
-        loss_fn=nn.CrossEntropyLoss(), sample_input=torch.randn(4, 2, 8, 8))
+        loss_fn=next_token_loss if case.get("net") == "gpt" else nn.CrossEntropyLoss(), sample_input=torch.randn(4, 2, 8, 8))
     decay = case.get("decay", 1.0)
     scheduler = (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)) if decay != 1.0 else None
     engine, *_ = ds_decoupled.initialize(model=model, config=config, lr_scheduler=scheduler,
@@ -49,6 +50,8 @@ def data_of(case: dict[str, Any], engine: Any) -> Any:
     """An iterator on the first stage's ranks, None elsewhere."""
     if not engine.is_first_stage():
         return None
+    if case.get("net") == "gpt":
+        return iter(token_batches(case["batches"], case.get("size", 4)))
     replica, replicas = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
     return iter(batches(case["batches"], case.get("size", 4), replica=replica, replicas=replicas))
 
@@ -91,7 +94,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
     """Learning rate 0: every micro-batch's gradients, with what the method keeps and what it rebuilds."""
     engine = build({**case, "lr": 0.0, "k": 1})
     grads: dict[tuple[int, str], torch.Tensor] = {}
-    errors: list[float] = []
+    errors: list[tuple[int, float]] = []  # by stage: how far a rebuilt input is off, relatively
     kept: dict[int, int] = {}
     inputs: dict[tuple[int, int], Any] = {}
     for index, stage in engine.stages.items():
@@ -105,7 +108,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
             x, dx = backward(m, y, dy)
             wanted = inputs.pop((m, index))
             for a, b in zip(x if isinstance(x, tuple) else (x,), wanted if isinstance(wanted, tuple) else (wanted,)):
-                errors.append(((a - b).norm() / b.norm()).item())
+                errors.append((index, ((a - b).norm() / b.norm()).item()))
             return x, dx
 
         stage.forward, stage.backward = forward_seen, backward_seen
@@ -264,6 +267,19 @@ def other_batch_size(case: dict[str, Any]) -> dict[str, Any]:
     engine.train_batch(data)
     engine.drain()
     return {"message": message, "updates": engine.decoupled_summary()["updates"], "k": engine.gradient_accumulation_steps()}
+
+
+def with_training_data(case: dict[str, Any]) -> dict[str, Any]:
+    """``initialize(training_data=...)``: the engine loads for itself, as DeepSpeed's does."""
+    config = config_of(case)
+    data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*batches(case["batches"], case["size"]))))
+    model = ds_decoupled.DecoupledPipelineModule(NETS["reversible"](), config=config, loss_fn=nn.CrossEntropyLoss())
+    engine, _, loader, _ = ds_decoupled.initialize(model=model, config=config, training_data=data,
+                                                   model_parameters=list(model.parameters()))
+    assert len(loader) == case["batches"]
+    losses = [engine.train_batch().item() for _ in range(case["batches"] + 2)]  # it starts again
+    engine.drain()
+    return {"state": state_of(engine), "losses": losses, "replica": 0}
 
 
 def only_build(case: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
+from ds_decoupled.models import GPTConfig, build_gpt
 from ds_decoupled.nn import ReversibleCoupling, mark_block
 
 CLASSES = 3
@@ -171,3 +172,23 @@ def norm_free_net(width: int = 16, couplings: int = 4) -> list[Any]:
 
 
 NETS["norm_free"] = norm_free_net
+
+
+def gpt_net(reversible: bool = True, dropout: float = 0.0) -> list[Any]:
+    """A GPT of two blocks, width 16: six layers."""
+    return build_gpt(GPTConfig(blocks=2, width=16, heads=2, vocab_size=11, dropout=dropout), reversible)
+
+
+NETS["gpt"] = gpt_net
+
+
+def token_batches(count: int, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """``count`` micro-batches of ids and next ids, ``(size, 6)``."""
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randint(0, 11, (count, size, 7), generator=generator)
+    return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in made]
+
+
+def batches_for(net: str, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches that the net takes."""
+    return (token_batches if net == "gpt" else batches)(*args, **kwargs)

@@ -22,7 +22,7 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _leaves(x: Any) -> Any:
-    made = tuple(t.detach().clone().requires_grad_() for t in _tuple(x))
+    made = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in _tuple(x))
     return made if isinstance(x, tuple) else made[0]
 
 
@@ -184,7 +184,8 @@ class Oracle:
                 if s == last:
                     x = data[m][0] if s == 0 else outputs.pop((m, s - 1))
                     leaves = _leaves(x)
-                    loss = cross_entropy(_run(self.stages[s], leaves), data[m][1])
+                    logits, labels = _run(self.stages[s], leaves), data[m][1]
+                    loss = cross_entropy(logits.flatten(0, -2), labels.flatten())
                     (loss / self.k).backward()
                     self.losses.append(loss.item())
                     x, dx = x, tuple(t.grad for t in _tuple(leaves))

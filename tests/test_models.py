@@ -116,3 +116,25 @@ def test_bfloat16_parameters_take_float32_streams(name: str) -> None:
 def test_errors_say_what_is_allowed(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(name, **options)
+
+
+def test_gpt_sizes() -> None:
+    """The plain one has GPT-2's matrices, its head not tied; both are causal and differ in nothing but their streams."""
+    import torch
+
+    from ds_decoupled.models import SIZES, GPTConfig, build_gpt
+
+    assert len(build_gpt("tiny")) == 2 + 2 * 4 and len(build_gpt("small")) == 26
+    config = GPTConfig(blocks=2, width=32, heads=4, vocab_size=50)
+    for reversible in (True, False):
+        net = torch.nn.Sequential(*(spec.build() for spec in build_gpt(config, reversible))).eval()
+        parameters = sum(p.numel() for p in net.parameters())
+        assert parameters == 2 * 50 * 32 + 2 * (12 * 32 * 32 + 2 * 32) + 32
+        ids = torch.randint(0, 50, (2, 9))
+        changed = ids.clone()
+        changed[:, 6] = (changed[:, 6] + 1) % 50
+        a, b = net(ids), net(changed)
+        assert a.shape == (2, 9, 50)
+        assert torch.equal(a[:, :6], b[:, :6]) and not torch.equal(a[:, 6:], b[:, 6:])
+    matrices = SIZES["small"].blocks * 12 * SIZES["small"].width ** 2
+    assert matrices == 84934656  # GPT-2 small's 124 M without embeddings, norms and biases

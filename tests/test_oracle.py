@@ -8,7 +8,7 @@ import engine_cases
 import pytest
 import torch
 import worlds
-from nets import batches
+from nets import batches, batches_for
 from oracle import Oracle
 
 from ds_decoupled.config import parse_block
@@ -26,7 +26,7 @@ def compare(case: dict[str, Any], world: int = 1) -> None:
                     weights=axes.weights, flush=axes.flush, hops=axes.hops, k=case.get("k", 1), lr=case.get("lr", 0.1),
                     clip=case.get("clip", 0.0), decay=case.get("decay", 1.0))
     torch.manual_seed(0)
-    oracle.train(batches(case["batches"], case.get("size", 4)))
+    oracle.train(batches_for(case.get("net", ""), case["batches"], case.get("size", 4)))
     expected = engine_cases.merged([{"replica": 0, "state": {
         f"{index}.{name}": value for s, layers in enumerate(results[0]["summary"]["stage_layers"])
         for index, layer in zip(layers, oracle.stages[s]) for name, value in layer.state_dict().items()}}])
@@ -48,6 +48,17 @@ def test_reversible_net(method: str, k: int) -> None:
 def test_plain_net(method: str) -> None:
     """Layers that work on their input in place."""
     compare({"method": method, "net": "plain", "stages": 4, "batches": 16})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reversible_gpt(method: str) -> None:
+    """One stage per half-block."""
+    compare({"method": method, "net": "gpt", "batches": 16, "k": 2})
+
+
+@pytest.mark.parametrize("method", ["delayed", "dsp"])
+def test_plain_gpt(method: str) -> None:
+    compare({"method": method, "net": "gpt", "net_args": {"reversible": False}, "batches": 16, "k": 2})
 
 
 @pytest.mark.parametrize("method", ["petra", "delayed"])

@@ -65,3 +65,10 @@ def test_placement() -> None:
 
 def test_placement_of_one_layer_a_stage() -> None:
     assert Placement.of(5, 2) == Placement((0, 1, 2, 3, 4, 5), (0, 2, 5))
+
+
+def test_the_last_run_may_weigh_less() -> None:
+    """Recomputing stages cost 4, the last one 3: seven layers in two stages are cut after the third, not the fourth."""
+    assert balanced_bounds([4] * 7, 2) in ([0, 3, 7], [0, 4, 7])
+    assert balanced_bounds([4] * 7, 2, last=[3] * 7) == [0, 3, 7]
+    assert balanced_bounds([4, 4, 4, 4], 1, last=[1, 1, 1, 1]) == [0, 4]

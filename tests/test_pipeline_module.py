@@ -35,3 +35,10 @@ def test_flush_by_recomputation_is_backpropagation() -> None:
     ours = engine_cases.merged(worlds.run(2, engine_cases.plain_pipeline, {**case, "block": {"recover": "input"}, "stages": 4}))
     for name, value in deepspeed.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_training_data() -> None:
+    case = {"method": "petra", "batches": 6, "size": 4}
+    one, two = (worlds.run(ranks, engine_cases.with_training_data, case) for ranks in (1, 2))
+    a, b = engine_cases.merged(one), engine_cases.merged(two)
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -32,6 +32,12 @@ def test_ranks_do_not_matter(method: str, k: int) -> None:
     assert_same(states[0], states[2])
 
 
+@pytest.mark.parametrize("method", ["petra", "dsp"])
+def test_gpt_with_dropout(method: str) -> None:
+    case = {"method": method, "net": "gpt", "batches": 12, "k": 2, "net_args": {"dropout": 0.2}}
+    assert_same(engine_cases.merged(run(1, case)), engine_cases.merged(run(3, case)))
+
+
 def test_one_rank_a_stage() -> None:
     case = {"method": "petra", "stages": 4, "batches": 12, "net_args": {"dropout": 0.2}}
     assert_same(engine_cases.merged(run(1, case)), engine_cases.merged(run(4, case)))
