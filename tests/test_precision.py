@@ -45,13 +45,11 @@ def test_bf16(method: str, zero: bool) -> None:
         torch.testing.assert_close(a[name].float(), full[name], rtol=0.1, atol=0.05)
 
 
-def test_bf16_streams_are_exact() -> None:
-    """Bf16 couplings give their inputs back to the bit at learning rate 0: their streams are on a grid, in float32."""
+def test_bf16_streams_stay_float32() -> None:
+    """Bf16 couplings give their inputs back at learning rate 0 as float32 ones do: their streams are float32."""
     case = {"method": "petra", "batches": 20, "net": "norm_free", "net_args": {"width": 64, "couplings": 8}, "config": BF16}
     [result] = worlds.run(1, engine_cases.gradients_at_rest, case)
-    # The lowest coupling (stage 1) puts the stem's bf16 output on the grid first, and gives that back.
-    assert max(error for stage, error in result["errors"] if stage != 1) == 0
-    assert max(error for stage, error in result["errors"] if stage == 1) < 1e-3
+    assert max(error for _, error in result["errors"]) <= 1e-5
 
 
 def test_adamw_and_clipping_in_bf16() -> None:
