@@ -4,6 +4,10 @@ BIN := .venv/bin
 CONFIG ?= ds_configs/petra.json
 ARGS ?=
 
+# DeepSpeed compiles a small extension at its first start, under a lock file that a killed process leaves behind and that
+# another environment's build would fight over; so each environment has its own.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+
 .PHONY: train test lint install clean
 
 install: .venv/installed
