@@ -32,6 +32,7 @@ def _rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, fn:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
+    mp.current_process()._config["daemon"] = False  # DeepSpeed's data loader starts workers, which daemons may not
     try:
         torch.save(fn(*args), log + ".result")  # by file: tensors in a pipe would need this process to live on
         error = None
