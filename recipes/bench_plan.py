@@ -18,6 +18,7 @@ class Method:
         recover: the axis of this name, which says what a layer costs in the balance.
         one_rank: whether it can run on a single rank.
         ranks: whether it can run on several.
+        copies: on several ranks, each runs the whole of it for itself: as much as the machine's cores can do side by side.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Method:
     recover: str = "graph"
     one_rank: bool = True
     ranks: bool = True
+    copies: bool = False
 
 
 def _ours(label: str, recover: str, method: str, **block: Any) -> Method:
@@ -35,6 +37,9 @@ def _ours(label: str, recover: str, method: str, **block: Any) -> Method:
 METHODS: dict[str, Method] = {
     "bare-backprop": Method("backpropagation, bare loop", "bare-backprop", ranks=False),
     "bare-petra": Method("PETRA, bare loop", "bare-petra", recover="reconstruct", ranks=False),
+    "bare-backprop-copies": Method("backpropagation, a bare loop on each core", "bare-backprop", one_rank=False, copies=True),
+    "bare-petra-copies": Method("PETRA, a bare loop on each core", "bare-petra", recover="reconstruct", one_rank=False,
+                                copies=True),
     "petra": _ours("petra", "reconstruct", "petra"),
     "petra-01": _ours("petra, hops (0, 1)", "reconstruct", "petra", hops=[0, 1]),
     "petra-split": _ours("petra, split backward", "reconstruct", "petra", split_backward=True),
@@ -111,7 +116,8 @@ def laws(ranks: int, k: int) -> list[Law]:
 
         P = 1   petra / bare loop              1               engine overhead
                 petra / backpropagation        3/4             the re-forward
-        P > 1   any decoupled, P / one rank    P               no bubble
+        P > 1   P bare loops / one             P               cores that do not disturb one another
+                any decoupled, P / one rank    P               no bubble
                 petra / 1F1B                   3(1+(P-1)/k)/4
                 delayed / 1F1B                 1+(P-1)/k
                 petra / checkpointed 1F1B      1+(P-1)/k
@@ -128,6 +134,8 @@ def laws(ranks: int, k: int) -> list[Law]:
         ]
     bubble = 1 + (ranks - 1) / k
     return [
+        *(Law(f"{METHODS[m].label}, {ranks} at once / one alone", at(f"{m}-copies"), at(m, 1), ranks, 0.0)
+          for m in ("bare-backprop", "bare-petra")),
         *(Law(f"{METHODS[m].label}, P={ranks} / P=1", at(m), at(m, 1), ranks, 0.9)
           for m in ("petra", "petra-01", "dsp", "delayed", "pipedream")),
         Law("petra / 1F1B", at("petra"), at("1f1b"), 0.75 * bubble, 0.95),

@@ -34,7 +34,7 @@ import ds_decoupled
 from ds_decoupled.models import build_model
 from ds_decoupled.profile import layer_times
 
-SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 """The update costs what it costs in training; so small a rate keeps random labels from leading anywhere."""
 
 

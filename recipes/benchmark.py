@@ -115,7 +115,8 @@ def measure(start: Callable[..., World], model: Model, chosen: list[Configuratio
 
     def time_once(c: Configuration) -> None:
         calls = math.ceil(micro_batches / c.k)
-        measured[c].add(alive[c].ask("time", calls), calls * c.k * model.micro_batch)
+        copies = c.ranks if METHODS[c.method].copies else 1
+        measured[c].add(alive[c].ask("time", calls), copies * calls * c.k * model.micro_batch)
 
     def watch(c: Configuration) -> None:
         measured[c].watched = alive[c].ask("watch", 1)
@@ -147,7 +148,7 @@ def speed(args: argparse.Namespace, model: Model) -> tuple[str, dict[str, Any]]:
     rules = [law for ranks in args.ranks for k in args.k for law in laws(ranks, k)]
     cuts: dict[tuple[str, ...], list[str]] = {}
     for c, m in measured.items():
-        if c.ranks > 1:
+        if c.ranks > 1 and not METHODS[c.method].copies:
             cost = times[METHODS[c.method].recover]
             shares = [sum(cost[a:b]) / sum(cost) for a, b in zip(m.bounds, m.bounds[1:])]
             row = str(c.ranks), str(m.bounds), " / ".join(f"{share:.1%}" for share in shares)
