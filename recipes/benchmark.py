@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("figure", nargs="?", default="speed", choices=("speed", "memory", "reconstruction"))
     parser.add_argument("--model", default="revnet18", choices=MODELS)
     parser.add_argument("--width", type=int, default=64, help="channels of the first group (default: 64)")
-    parser.add_argument("--image_size", type=int, default=16, help="pixels a side (default: 16)")
+    parser.add_argument("--image_size", type=int, default=22, help="pixels a side (default: 22)")
     parser.add_argument("--micro_batch", type=int, default=32, help="images (default: 32)")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="micro-batches an update (default: 1 4 16)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="pipeline ranks P (default: 1 2)")
