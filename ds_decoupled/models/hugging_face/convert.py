@@ -1,0 +1,117 @@
+"""From a causal language model of ``transformers`` to a list of layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.models.hugging_face.anatomy import dissect
+from ds_decoupled.models.hugging_face.conversion import Conversion
+from ds_decoupled.models.hugging_face.parts import DecoderPart, EmbeddingPart, HeadPart, TiedEnds, tied_head
+from ds_decoupled.models.hugging_face.weights import InMemory, SafetensorsFolder, Source
+from ds_decoupled.nn import mark_block
+
+TIED_KEY = "embeddings"
+
+
+def from_hugging_face(model_or_path: Any, *, untie_embeddings: bool = False, peft_config: Any = None,
+                      attn_implementation: str | None = None) -> list[LayerSpec]:
+    """The layers of any ``AutoModelForCausalLM``: embedding, decoder layers, head, each marked as a block.
+
+    >>> layers = from_hugging_face("gpt2")                                                      # doctest: +SKIP
+    >>> model = DecoupledPipelineModule(layers, config="ds.json", loss_fn=next_token_loss)      # doctest: +SKIP
+
+    Micro-batches are ``(inputs, labels)`` with ``inputs`` token ids ``(N, T)`` or a tuple of these, an attention mask
+    ``(N, T)`` and, if wanted, position ids ``(N, T)``; the last layer gives logits ``(N, T, vocab_size)``. A layer reads its
+    weights when it is built, so that a rank reads its own stages' alone; they are float32 until the engine casts them.
+
+    Args:
+        model_or_path: a folder with safetensors, a name on the hub, a model, or a configuration for fresh weights.
+        untie_embeddings: where embedding and unembedding are one tensor, make two of it, which start alike. Methods with a
+            delayed update need it: a tied pair belongs to two stages that step at different times.
+        peft_config: of ``peft``, such as ``LoraConfig``: adapters are added and all else is frozen.
+        attn_implementation: as in ``from_pretrained``.
+
+    Raises:
+        ConfigError: if the model cannot be cut, naming the part that does not fit, or has no safetensors.
+    """
+    model_class, config, source_of = _resolve(model_or_path, attn_implementation)
+    anatomy = dissect(model_class, config)
+    # A frozen pair stays alike by itself.
+    frozen = peft_config is not None and not peft_config.modules_to_save
+    tie = anatomy.tied and not untie_embeddings and not frozen
+    aliases = {anatomy.output_weight: anatomy.input_weight} if anatomy.tied else {}
+    conversion = Conversion(model_class, config, anatomy, source_of(aliases), untie_embeddings and anatomy.tied, peft_config)
+    ends: list[LayerSpec]
+    if tie:
+        attribute = f"embedding.root.{anatomy.input_weight}"
+        ends = [TiedLayerSpec(TIED_KEY, TiedEnds, conversion, tied_weight_attr=attribute),
+                TiedLayerSpec(TIED_KEY, TiedEnds, conversion, forward_fn=tied_head, tied_weight_attr=attribute)]
+    else:
+        ends = [LayerSpec(EmbeddingPart, conversion), LayerSpec(HeadPart, conversion)]
+    decoder = [LayerSpec(DecoderPart, conversion, index) for index in range(anatomy.count)]
+    return [mark_block(layer) for layer in (ends[0], *decoder, ends[1])]
+
+
+def _resolve(model_or_path: Any, attn_implementation: str | None) -> tuple[Any, Any, Any]:
+    """Class, configuration, and a function from aliases to the source of weights."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    if isinstance(model_or_path, PreTrainedModel):
+        if attn_implementation is not None:
+            raise ConfigError("attn_implementation", attn_implementation, "a model that is there already has its own",
+                              "Give it to from_pretrained(), or pass the folder here.")
+        return type(model_or_path), model_or_path.config, lambda aliases: InMemory(model_or_path)
+    if isinstance(model_or_path, PreTrainedConfig):
+        return _class_of(model_or_path, attn_implementation), model_or_path, lambda aliases: None
+    if not isinstance(model_or_path, (str, Path)):
+        raise ConfigError("model", type(model_or_path).__name__, "a folder, a hub name, a model or a configuration is needed")
+    folder = _folder(str(model_or_path))
+    config = _config(folder)
+    model_class = _class_of(config, attn_implementation)
+
+    def source_of(aliases: dict[str, str]) -> Source:
+        return SafetensorsFolder(folder, model_class.base_model_prefix, aliases)
+
+    return model_class, config, source_of
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith("."):
+        raise ConfigError("model", name, "there is no such folder", "Is the path right?")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except Exception as error:
+        raise ConfigError("model", name, "neither a folder, nor a model that can be downloaded "
+                          f"({(str(error).splitlines() or [type(error).__name__])[0]})", "Is the name right?") from error
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("model", str(folder), f"its configuration cannot be read ({str(error).splitlines()[0]})",
+                          "A folder that save_pretrained() wrote is needed.") from error
+
+
+def _class_of(config: Any, attn_implementation: str | None) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    except ValueError as error:
+        raise ConfigError("model", type(config).__name__, f"it is no causal language model of transformers "
+                          f"({str(error).splitlines()[0][:200]})", "Give a model with a language-modelling head.") from error
+    config._attn_implementation = model.config._attn_implementation
+    return type(model)
