@@ -67,7 +67,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         summary = engine.decoupled_summary()
     else:
         summary = {}
-    return {"initial": initial, "state": state_of(engine), "losses": losses, "summary": summary,
+    lrs = [stage.optimizer.param_groups[0]["lr"] for stage in getattr(engine, "stage_optimizers", {}).values()]
+    return {"initial": initial, "state": state_of(engine), "losses": losses, "summary": summary, "lrs": lrs,
             "rank": engine.global_rank, "replica": engine.mpu.get_data_parallel_rank()}
 
 
@@ -130,6 +131,30 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
     engine.drain()
     return {"grads": grads, "errors": errors, "kept": kept, "in_flight": in_flight, "initial": state_of(engine),
             "summary": engine.decoupled_summary(), "replica": 0}
+
+
+def kept_against_weights(case: dict[str, Any]) -> dict[str, Any]:
+    """What stages keep between ticks, compared with every weight: by storage, and by value with the weights as they ever were."""
+    engine = build(case)
+    data = data_of(case, engine)
+    versions: set[bytes] = set()
+    storages = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+    found: list[tuple[int, tuple[int, ...]]] = []
+    kept = 0
+    for _ in range(case["batches"]):
+        versions |= {p.detach().numpy().tobytes() for p in engine.module.parameters() if p.ndim > 1}
+        engine.train_batch(data)
+        for index, stage in engine.stages.items():
+            for t in stage.kept():
+                kept += 1
+                value = t.detach().contiguous()
+                same = value.numpy().tobytes() in versions or value.mT.contiguous().numpy().tobytes() in versions \
+                    if value.ndim > 1 else False
+                if t.untyped_storage().data_ptr() in storages or same:
+                    found.append((index, tuple(t.shape)))
+    in_flight = sum(len(stage.in_flight) for stage in engine.stages.values())
+    engine.drain()
+    return {"kept": kept, "in_flight": in_flight, "weights": found}
 
 
 def train_with_evaluation(case: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,12 @@ class Oracle:
             return self._rerun(live, old, kept, dy)
         # reconstruct: walk the layers from the top; the input of a run of other layers was kept
         inputs = self._inputs_of_other_runs(s, m)
-        layers = list(live)
+        module = live if old is None else old
+        if old is not None:  # old weights, but the running statistics are the stage's
+            old.zero_grad()
+            for b, now in zip(old.buffers(), live.buffers()):
+                b.copy_(now)
+        layers = list(module)
         index = len(layers)
         while index > 0:
             layer = layers[index - 1]
@@ -101,6 +106,10 @@ class Oracle:
                     start -= 1
                 y, dy = self._rerun(nn.Sequential(*layers[start:index]), None, inputs[start], dy)
                 index = start
+        if old is not None:
+            self._add(live, [p.grad for p in old.parameters()])
+            for b, new in zip(live.buffers(), old.buffers()):
+                b.copy_(new)
         self.reconstructed[m, s] = y
         return y, dy
 

@@ -48,3 +48,9 @@ def test_other_stages_are_refused(tmp_path: Path) -> None:
     worlds.run(1, engine_cases.train_and_stop, case, str(tmp_path))
     with pytest.raises(worlds.RankFailed, match="saved with stages .*load_module_only"):
         worlds.run(1, engine_cases.resume, {**case, "stages": 3}, str(tmp_path))
+
+
+@pytest.mark.parametrize("hops", [[2, 1], [1, 2]])
+def test_messages_that_take_several_ticks(hops: list[int], tmp_path: Path) -> None:
+    """Links then hold more than one message when the run is stopped."""
+    check({"method": "petra", "k": 2, "batches": 24, "stop": 5, "block": {"hops": hops}}, tmp_path, 2, 3)

@@ -76,6 +76,32 @@ def test_other_points_of_the_axes() -> None:
     """Overrides that no preset names."""
     compare({"method": "dsp", "batches": 16, "block": {"weights": "stashed"}})
     compare({"method": "backprop", "k": 4, "batches": 16, "block": {"recover": "input"}})
+    compare({"method": "petra", "batches": 16, "block": {"weights": "stashed"}})
+
+
+def test_schedule_of_the_json() -> None:
+    """DeepSpeed's own scheduler block: each stage's rate follows that stage's updates."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 4,
+                                                "warmup_type": "linear"}}
+    case = {"method": "petra", "batches": 20, "config": {"scheduler": scheduler}}
+    results = worlds.run(2, engine_cases.train, case)
+    constant = worlds.run(2, engine_cases.train, {**case, "config": {}})
+    rates = [rate for result in results for rate in result["lrs"]]
+    assert rates and all(rate == pytest.approx(0.1) for rate in rates)  # all are through the warm-up
+    a, b = engine_cases.merged(results), engine_cases.merged(constant)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_codec() -> None:
+    """bf16 on the links: the numbers of float32 to bf16's rounding, and half the bytes; one rank has no links."""
+    case = {"method": "dsp", "batches": 12, "stages": 3, "lr": 0.01}
+    plain = worlds.run(2, engine_cases.train, case)
+    short = worlds.run(2, engine_cases.train, {**case, "block": {"codec": "bf16"}})
+    assert 0.5 < short[0]["summary"]["bytes_sent"] / plain[0]["summary"]["bytes_sent"] < 0.65  # headers and labels stay
+    a, b = engine_cases.merged(plain), engine_cases.merged(short)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0.02, atol=0.02)
 
 
 def test_clipping_and_schedule_are_the_stages_own() -> None:
