@@ -1,0 +1,154 @@
+"""Heads for stage-local losses: small networks from a stage's output to what the loss takes.
+
+For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.06401):
+
+===========  ==================================================================================================
+``mlp-sr``   pool to ⌈H/4⌉, 3 × (1×1 convolution C→C, BN, ReLU), pool to 2×2, 3 × (linear 4C→4C, BN, ReLU), linear
+``mlp``      the same without the convolutions
+``cnn``      2 × (3×3 convolution, BN, ReLU) at full resolution, pool to 2×2, linear
+``linear``   pool to 2×2, linear
+===========  ==================================================================================================
+
+For language models (``lm``): a norm and an unembedding, and in front of them as many blocks as wanted. Where a stage gives two
+streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden state.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_decoupled.errors import ConfigError
+
+HeadBuilder = Callable[[torch.Size, int], nn.Module]
+"""From the shape of the stage's output (with the batch) and the number of outputs to a head."""
+
+
+def _linear_block(width: int) -> list[nn.Module]:
+    return [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+
+
+def _conv_block(channels: int, kernel: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True)]
+
+
+def _image(shape: torch.Size, name: str) -> tuple[int, int]:
+    """Channels and height of ``(N, C, H, W)``. Raises :class:`ConfigError` for another shape."""
+    if len(shape) != 4:
+        raise ConfigError("decoupled.head", name, f"this head takes images (N, C, H, W); the stage gives {tuple(shape)}",
+                          "Take 'lm' for token sequences, or a head of your own ('module:callable').")
+    return shape[1], shape[2]
+
+
+def mlp_sr(shape: torch.Size, outputs: int) -> nn.Module:
+    """MLP with spatial reduction, the recommended head."""
+    channels, height = _image(shape, "mlp-sr")
+    convolutions = [layer for _ in range(3) for layer in _conv_block(channels, 1)]
+    return nn.Sequential(nn.AdaptiveAvgPool2d(math.ceil(height / 4)), *convolutions, *_mlp(channels, outputs))
+
+
+def mlp(shape: torch.Size, outputs: int) -> nn.Module:
+    """Pool to 2×2, three hidden layers."""
+    channels, _ = _image(shape, "mlp")
+    return nn.Sequential(*_mlp(channels, outputs))
+
+
+def _mlp(channels: int, outputs: int) -> list[nn.Module]:
+    width = 4 * channels
+    hidden = [layer for _ in range(3) for layer in _linear_block(width)]
+    return [nn.AdaptiveAvgPool2d(2), nn.Flatten(), *hidden, nn.Linear(width, outputs)]
+
+
+def cnn(shape: torch.Size, outputs: int) -> nn.Module:
+    """Two convolutions at full resolution."""
+    channels, _ = _image(shape, "cnn")
+    convolutions = [layer for _ in range(2) for layer in _conv_block(channels, 3)]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, outputs))
+
+
+def linear(shape: torch.Size, outputs: int) -> nn.Module:
+    """Pool to 2×2, one linear layer."""
+    channels, _ = _image(shape, "linear")
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, outputs))
+
+
+def language_model(shape: torch.Size, outputs: int) -> nn.Module:
+    """RMSNorm and an unembedding; ``(N, T, width)`` to ``(N, T, outputs)``."""
+    if len(shape) != 3:
+        raise ConfigError("decoupled.head", "lm", f"this head takes hidden states (N, T, width); the stage gives {tuple(shape)}",
+                          "Take 'mlp-sr' for images, or a head of your own ('module:callable').")
+    unembedding = nn.Linear(shape[2], outputs, bias=False)
+    nn.init.normal_(unembedding.weight, std=0.02)
+    return nn.Sequential(nn.RMSNorm(shape[2]), unembedding)
+
+
+HEADS: dict[str, HeadBuilder] = {"mlp-sr": mlp_sr, "mlp": mlp, "cnn": cnn, "linear": linear, "lm": language_model}
+
+
+class StageHead(nn.Module):
+    """A head on whatever a stage gives.
+
+    Args:
+        head: takes one tensor.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, outputs: Tensor | Sequence[Tensor]) -> Tensor:
+        logits: Tensor = self.head(one_tensor(outputs))
+        return logits
+
+
+def one_tensor(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """What a head sees: the tensor, the sum of two streams, or the first of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    first = outputs[0]
+    if len(outputs) == 2 and outputs[1].shape == first.shape and outputs[1].is_floating_point():
+        return first + outputs[1]
+    return first
+
+
+def build_head(name: str | HeadBuilder, outputs: Any, count: int) -> StageHead:
+    """A head for stages that give what ``outputs`` shows.
+
+    Args:
+        name: of :data:`HEADS`, ``"module:callable"``, or a callable of ``(shape, count)``.
+        outputs: what the stage gives for a micro-batch (tensors may be on the meta device).
+        count: outputs of the head: classes, or tokens of the vocabulary.
+
+    Raises:
+        ConfigError: if there is no such head, or it cannot be built from the shape.
+    """
+    builder = _find(name) if isinstance(name, str) else name
+    shape = one_tensor(outputs).shape
+    try:
+        return StageHead(builder(shape, count))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError("decoupled.head", str(name), f"it cannot be built from the shape {tuple(shape)} "
+                          f"({type(error).__name__}: {error})", "Take another head, or cut the stages elsewhere.") from error
+
+
+def _find(name: str) -> HeadBuilder:
+    if name in HEADS:
+        return HEADS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, HEADS))}",
+                          "A head of your own is named 'module:callable'.")
+    try:
+        found: HeadBuilder = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("decoupled.head", name, f"it cannot be imported ({error})",
+                          "Is the module on PYTHONPATH?") from error
+    return found
