@@ -51,17 +51,16 @@ class _Through(Stub):
 class _Entrance(Stub):
     """In place of all decoder layers: the hidden state comes in here."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden: Tensor = self.__dict__["hidden"]
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["hidden"]
 
 
 class _Listener(Stub):
     """In place of one decoder layer: notes what it is given beside the hidden state."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.__dict__["heard"] = (args, kwargs)
-        return hidden
+        return (hidden,) if self.__dict__["tuples"] else hidden
 
 
 def _shell(model_class: Any, config: Any, anatomy: Anatomy, keep: tuple[str, ...], layers: list[type[Stub]]) -> Any:
@@ -138,6 +137,8 @@ class _Surroundings:
     def __init__(self, model_class: Any, config: Any, anatomy: Anatomy) -> None:
         self.shell = _shell(model_class, config, anatomy, (), [_Listener] * anatomy.count)
         self.layers = list(self.shell.get_submodule(anatomy.layers))
+        for layer in self.layers:
+            layer.__dict__["tuples"] = anatomy.tuples
         self.width = anatomy.width
         self.device = torch.device("cpu")
         self.by_shape: OrderedDict[Any, list[Any]] = OrderedDict()
@@ -167,7 +168,7 @@ class _Surroundings:
 
 @lru_cache(maxsize=4)
 def _surroundings(conversion: Conversion) -> _Surroundings:
-    return _Surroundings(*conversion.model, conversion.anatomy)
+    return _Surroundings(*conversion.model)
 
 
 class DecoderPart(Part):
@@ -212,7 +213,7 @@ class HeadPart(Part):
     def forward(self, inputs: Hidden) -> Tensor:
         hidden, _, _ = _given(inputs)
         entrance = self.unembedding.get_submodule(f"{self.conversion.anatomy.layers}.0")
-        entrance.__dict__["hidden"] = hidden
+        entrance.__dict__["hidden"] = (hidden,) if self.conversion.anatomy.tuples else hidden
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
         try:
             logits: Tensor = self.unembedding(inputs_embeds=nothing, use_cache=False).logits
