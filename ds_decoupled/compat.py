@@ -54,8 +54,13 @@ def layer_specs(module: PipelineModule) -> list[Any]:
 
 
 def layer_parameters(module: PipelineModule) -> list[float]:
-    """Trainable parameters of every layer of the whole model."""
-    return [float(n) for n in module._count_layer_params()]
+    """Trainable parameters of every layer of the whole model, counted without memory where the layers allow it."""
+    try:
+        with torch.device("meta"):
+            counts = module._count_layer_params()
+    except (RuntimeError, NotImplementedError, ValueError):  # a layer that looks at its own values while it is built
+        counts = module._count_layer_params()
+    return [float(n) for n in counts]
 
 
 def tied_keys(module: PipelineModule) -> list[str]:

@@ -69,10 +69,11 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
     tied = compat.tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "
-                          "stages step at different times", 'Untie them, or take "update": "flush".')
+                          "stages step at different times", "Untie them (from_hugging_face(..., untie_embeddings=True)), or "
+                          'take "method": "backprop".')
     if tied and axes.flush:
         raise ConfigError(f"{BLOCK}.method", block.method, f"tied layers ({', '.join(map(repr, tied))}) need DeepSpeed's own "
-                          "engine", 'Take "method": "backprop", or untie them.')
+                          "engine", 'Take "method": "backprop", or untie them (from_hugging_face(..., untie_embeddings=True)).')
 
 
 def _check_batch(config: dict[str, Any], replicas: int) -> None:
