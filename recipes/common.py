@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -82,6 +82,24 @@ def from_rank(source: int, value: T) -> T:
     return box[0]
 
 
+def evaluate(engine: Any, batches: Iterator[Any] | None, count: int, compute_loss: bool = True) -> list[Tensor] | None:
+    """What the last stage makes of ``count`` micro-batches: losses, or outputs; a collective call.
+
+    Args:
+        batches: on the ranks of the first and the last stage.
+
+    Returns:
+        One value a micro-batch on the ranks of the last stage, None elsewhere.
+    """
+    # DeepSpeed adds what the last stage gives to the loss that the last train_batch left there, and the shapes may differ.
+    engine.total_loss = None
+    engine.reset_activation_shape()  # DeepSpeed's ranks tell each other shapes with the first message alone
+    results = engine.eval_batch(batches, compute_loss=compute_loss, reduce_output=None, bcast_loss=False,
+                                num_micro_batches=count)
+    engine.reset_activation_shape()
+    return None if results is None else list(results)
+
+
 def largest(value: int) -> int:
     """The largest ``value`` of all ranks."""
     values = [0] * dist.get_world_size()
@@ -132,12 +150,13 @@ def batch_sizes(config: dict[str, Any], replicas: int) -> tuple[int, int]:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two optimizer groups: weights, and what should not decay (biases and norms: parameters of one dimension)."""
+    """At most two optimizer groups: weights, and what should not decay (biases and norms: parameters of one dimension)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def set_peak_lr(config: dict[str, Any], lr: float | None, rule: float) -> float:
@@ -207,23 +226,32 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
 
 
-def plot_curves(path: Path, title: str, train_loss: Sequence[float], score: Sequence[float], score_name: str) -> None:
-    """Training loss (left axis) and a score (right axis), one value an epoch; nan where none was taken."""
+def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """Curves as points ``(x, y)``, those without a value left out.
+
+    Args:
+        axes: the left axis's name and its curves by name; if there is a second one, the right axis's.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
-    right = left.twinx()
-    for axis, values, name, colour in ((left, train_loss, "training loss", "C0"), (right, score, score_name, "C1")):
-        points = [(epoch, value) for epoch, value in enumerate(values, start=1) if math.isfinite(value)]
-        axis.plot([x for x, _ in points], [y for _, y in points], marker=".", color=colour)
-        axis.set_ylabel(name, color=colour)
-    left.set_xlabel("epoch")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_title(title)
+    figure, first = plt.subplots(figsize=(7, 4), layout="constrained")
+    colours = iter(f"C{i}" for i in range(10))
+    for number, (axis_name, curves) in enumerate(axes.items()):
+        axis = first if number == 0 else first.twinx()
+        for name, points in curves.items():
+            colour = next(colours)
+            known = [(x, y) for x, y in points if math.isfinite(y)]
+            axis.plot([x for x, _ in known], [y for _, y in known], marker=".", color=colour, label=name)
+        axis.set_ylabel(axis_name, color=colour if len(curves) == 1 else "black")
+        if len(curves) > 1:
+            axis.legend()
+    first.set_xlabel(x_name)
+    first.xaxis.set_major_locator(MaxNLocator(integer=True))
+    first.set_title(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Text as token ids: files, folders, ``datasets`` names, or the language's own documentation; packed into sequences."""
+"""Text as token ids: files, folders, ``datasets`` names, or Python's own documentation; packed into sequences."""
 
 from __future__ import annotations
 
@@ -13,66 +13,101 @@ from torch import Tensor
 from ds_decoupled.errors import ConfigError
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".text")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 Batch = tuple[Tensor, Tensor]
 
 
 class Tokenizer(Protocol):
-    """What the recipe needs of a tokenizer."""
+    """What the recipes need of a tokenizer."""
 
+    name: str
     vocab_size: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, documents: list[str]) -> list[int]:
+        """All documents behind one another."""
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def save(self, folder: Path) -> None:
+        """Write what :func:`tokenizer_of` finds there."""
+
 
 class Bytes:
-    """Every byte of UTF-8 is a token."""
+    """Every byte of UTF-8 is a token; documents are lines apart."""
 
+    name = "bytes"
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode(self, documents: list[str]) -> list[int]:
+        return list("\n".join(documents).encode())
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
+    def save(self, folder: Path) -> None:
+        """Nothing: without a tokenizer, bytes are taken."""
+
 
 class HuggingFaceTokenizer:
-    """A tokenizer of ``transformers``, by folder or hub name."""
+    """A tokenizer of ``transformers``, by folder or hub name; its end-of-text token, if it has one, parts documents."""
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ConfigError("--tokenizer", name, f"no tokenizer was found there ({str(error).splitlines()[0]})",
-                              "Give a folder or a hub name, or leave it out for bytes.") from error
-        self.vocab_size = len(self._tokenizer)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError("--tokenizer", name, f"no tokenizer can be loaded from there ({reason})",
+                              'Give a folder, a hub name, or "bytes"') from error
+        self.name, self.vocab_size = name, len(self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, documents: list[str]) -> list[int]:
+        end = self._tokenizer.eos_token_id
+        border = self._tokens("\n") if end is None else [end]
+        ids = self._tokens(documents[0])
+        for document in documents[1:]:
+            ids += border + self._tokens(document)
+        return ids
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids))
 
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
 
-def read_text(data: str) -> str:
-    """The corpus named by ``data``: ``topics`` (Python's own documentation topics), a file, a folder of text files, or the
-    name of a data set of ``datasets`` with a column ``text``."""
+
+def tokenizer_of(name: str | None, model: str | None = None) -> Tokenizer:
+    """The tokenizer called ``name`` (``bytes``, a folder, a hub name); without a name the model's own, if it has one, or bytes.
+
+    Args:
+        model: a folder, a file in one, or a hub name.
+    """
+    if name is None and model is not None:
+        place = Path(model)
+        folder = place.parent if place.is_file() else place
+        name = model if not folder.exists() or any((folder / file).is_file() for file in TOKENIZER_FILES) else None
+    return Bytes() if name in (None, "bytes") else HuggingFaceTokenizer(str(name))
+
+
+def read_text(data: str) -> list[str]:
+    """The texts named by ``data``: ``topics`` (Python's own documentation topics), a file, the text files of a folder, or a
+    data set of ``datasets`` with a column ``text``, whose rows make one document."""
     if data == "topics":
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name] for name in sorted(topics))
+        return [f"{topics[name]}\n" for name in sorted(topics)]
     path = Path(data)
     if path.is_file():
-        return path.read_text(errors="replace")
+        return [path.read_text(errors="replace")]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise ConfigError("--data", data, f"the folder has no text files ({', '.join(SUFFIXES)})", "Is it the right one?")
-        return "\n".join(p.read_text(errors="replace") for p in files)
+        return [p.read_text(errors="replace") for p in files]
     if path.suffix or path.is_absolute():
         raise ConfigError("--data", data, "there is no such file or folder", "Is the path right?")
     import datasets
@@ -80,11 +115,13 @@ def read_text(data: str) -> str:
     try:
         loaded = datasets.load_dataset(data, split="train")
     except Exception as error:
-        raise ConfigError("--data", data, f"neither a file nor a folder, and not a data set that can be loaded "
-                          f"({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("--data", data, f"neither a file nor a folder, and not a data set that can be loaded ({reason})",
+                          "Give a text file, a folder of them, or a name on the hub") from error
     if "text" not in loaded.column_names:
-        raise ConfigError("--data", data, f"its columns are {loaded.column_names}, one of them must be 'text'")
-    return "\n".join(loaded["text"])
+        raise ConfigError("--data", data, f"its columns are {loaded.column_names}, one of them must be 'text'",
+                          "Take another data set, or write its texts to a file")
+    return ["\n".join(loaded["text"])]
 
 
 @dataclass(frozen=True)
@@ -95,13 +132,13 @@ class Corpus:
     validation: Tensor
 
     @staticmethod
-    def of(text: str, tokenizer: Tokenizer, sequence: int) -> Corpus:
+    def of(documents: list[str], tokenizer: Tokenizer, sequence: int) -> Corpus:
         """Raises :class:`ConfigError` where the text is too short for a sequence to validate on."""
-        ids = torch.tensor(tokenizer.encode(text), dtype=torch.long)
+        ids = torch.tensor(tokenizer.encode(documents), dtype=torch.long)
         cut = len(ids) * 9 // 10
         if len(ids) - cut <= sequence:
-            raise ConfigError("--sequence_length", sequence, f"the last tenth of the text has only {len(ids) - cut} tokens",
-                              "Give more text or shorter sequences.")
+            raise ConfigError("--sequence_length", sequence, f"the text has {len(ids)} tokens, and the last tenth of them must "
+                              "hold a sequence to validate on", "Give more text or shorter sequences")
         return Corpus(ids[:cut], ids[cut:])
 
 

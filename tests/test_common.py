@@ -83,7 +83,8 @@ def test_lr_schedules() -> None:
 def test_summary_and_picture(tmp_path: Path) -> None:
     common.write_json(tmp_path / "new" / "a.json", {"x": math.nan, "y": [1.5, math.inf], "z": {"w": (1, "s")}})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": None, "y": [1.5, None], "z": {"w": [1, "s"]}}
-    common.plot_curves(tmp_path / "a.png", "title", [2.0, 1.0], [math.nan, 0.5], "accuracy")
+    common.plot_curves(tmp_path / "a.png", "title", "epoch", {"loss": {"loss": [(1, 2.0), (2, 1.0)]},
+                                                              "accuracy": {"accuracy": [(1, math.nan), (2, 0.5)]}})
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

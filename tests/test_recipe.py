@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import engine_cases
 import pytest
 import worlds
+from recipe_runs import ROOT, launch, run
 
-ROOT = Path(__file__).parent.parent
 FIELDS = {"method", "model", "data", "stages", "pipe_ranks", "seed", "epochs", "train_loss", "test_accuracy",
           "samples_per_second", "peak_memory_bytes", "bytes_sent_per_sample", "delays", "config"}
-
-
-def launch(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """``deepspeed recipes/train_resnet.py ARGUMENTS``."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds._free_port()), "recipes/train_resnet.py",
-               *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize("method, ranks", [("petra", 2), ("backprop", 1)])
 def test_trains_and_reports(method: str, ranks: int, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
-    done = launch("--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4", "--image_size", "8",
-                  "--summary", str(summary), ranks=ranks)
+    done = launch("train_resnet", "--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4",
+                  "--image_size", "8", "--summary", summary, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(summary.read_text())
     assert results.keys() >= FIELDS
@@ -41,12 +30,20 @@ def test_trains_and_reports(method: str, ranks: int, tmp_path: Path) -> None:
     assert summary.with_suffix(".png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("method", ["petra", "backprop"])
+def test_resumes(method: str, tmp_path: Path) -> None:
+    arguments = ("--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4", "--image_size", "8")
+    whole = run("train_resnet", tmp_path, *arguments, "--save_checkpoint", tmp_path / "saved", "--save_every", "1")
+    (tmp_path / "saved" / "latest").write_text("update22")
+    assert run("train_resnet", tmp_path, *arguments, "--resume", tmp_path / "saved")["curves"] == whole["curves"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere"], ["--data", "nowhere"]),
     (["--pipe_ranks", "3"], ["pipe_ranks", "3"]),
 ])
 def test_bad_arguments(arguments: list[str], words: list[str]) -> None:
-    done = launch("--deepspeed_config", "ds_configs/petra.json", *arguments)
+    done = launch("train_resnet", "--deepspeed_config", "ds_configs/petra.json", *arguments)
     assert done.returncode != 0
     for word in words:
         assert word in done.stdout + done.stderr

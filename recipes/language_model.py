@@ -1,0 +1,158 @@
+"""What the recipes for language models share: text in, layers trained on it, validation, a sample, a checkpoint folder out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+import torch.distributed as dist
+import training
+from text_data import Corpus, RandomWindows, Tokenizer, in_order, read_text
+from tqdm import tqdm
+
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.models import next_token_loss
+
+PROMPT = 16
+"""Tokens of the validation text that a sample goes on from."""
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Reads a whole number of an option."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = smallest - 1
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
+        return value
+
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence_length: int, micro_batches: int, lr: float,
+                  summary: str) -> None:
+    """Options of text and training; those given here are the defaults, and without ``data`` it must be given."""
+    kinds = "a text file, a folder of them, a name of `datasets` with a column `text`, or topics: Python's own documentation"
+    parser.add_argument("--data", default=data, required=data is None, help=kinds + (f" (default: {data})" if data else ""))
+    parser.add_argument("--tokenizer", help="bytes, a folder or a hub name (default: the model's own, if it has one, or bytes)")
+    parser.add_argument("--sequence_length", type=at_least(1), default=sequence_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--micro_batches", type=at_least(1), default=micro_batches,
+                        help="to train on, per replica (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help=f"peak (default: the JSON's, else {lr:g})")
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of all updates (default: %(default)s)")
+    parser.add_argument("--evaluations", type=at_least(1), default=8, help="over the run (default: %(default)s)")
+    parser.add_argument("--eval_micro_batches", type=at_least(1), default=50, help="to validate on (default: %(default)s)")
+    parser.add_argument("--sample", type=at_least(0), default=300,
+                        help="tokens of generated text at the end (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sample (default: %(default)s)")
+    training.add_run_arguments(parser, stretch="evaluations", summary=summary)
+
+
+def validate(engine: Any, corpus: Corpus | None, micro_batch: int, sequence: int, limit: int) -> float:
+    """Mean loss per token over the validation text, in nats, on every rank; a collective call."""
+    batches = None if corpus is None else in_order(corpus.validation, micro_batch, sequence, limit)
+    if batches and not hasattr(engine, "drain"):  # DeepSpeed's own engine cannot take a smaller last one
+        batches = [batch for batch in batches if len(batch[0]) == micro_batch] or batches
+    count = common.from_rank(0, 0 if batches is None else len(batches))
+    losses = common.evaluate(engine, None if batches is None else iter(batches), count)
+    value = math.nan
+    if losses is not None and batches is not None:
+        sizes = torch.tensor([float(len(x)) for x, _ in batches])
+        value = ((torch.stack([loss.float().cpu().reshape(()) for loss in losses]) * sizes).sum() / sizes.sum()).item()
+    return common.from_rank(dist.get_world_size() - 1, value)
+
+
+def generate(engine: Any, prompt: list[int], length: int, *, window: int, vocab_size: int, temperature: float,
+             seed: int) -> list[int]:
+    """``length`` tokens drawn one after the other, behind ``prompt``; a collective call, whatever the number of ranks."""
+    ids, generator = list(prompt), torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(length), unit="token", leave=False, disable=dist.get_rank() != 0):
+        seen = torch.tensor([ids[-window:]])
+        logits = common.evaluate(engine, iter([(seen, seen)]), 1, compute_loss=False)
+        token = 0
+        if logits is not None:
+            chances = (logits[0][0, -1, :vocab_size].float().cpu() / max(temperature, 1e-3)).softmax(-1)
+            token = int(torch.multinomial(chances, 1, generator=generator))
+        ids.append(common.from_rank(dist.get_world_size() - 1, token))
+    return ids[len(prompt):]
+
+
+def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], tokenizer: Tokenizer, *, lr: float, name: str,
+        title: str, test_first: bool = False, **facts: Any) -> Any:
+    """Train ``layers`` on the text that ``args`` names, report, and return the engine; a collective call.
+
+    Args:
+        lr: the peak learning rate where neither ``args`` nor the JSON has one.
+        name: of the summary's file, before the method's.
+        title: what is trained, in words.
+        test_first: whether to validate before all training.
+        facts: more fields of the summary.
+    """
+    micro_batch, sequence = setup.micro_batch, args.sequence_length
+    updates = args.micro_batches // setup.k
+    if updates < 1:
+        raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
+
+    def read() -> Corpus:
+        return Corpus.of(read_text(args.data), tokenizer, sequence)
+
+    corpus = common.together(read if setup.holds_data else None)
+    loader = None if corpus is None else RandomWindows(corpus.train, micro_batch, sequence, seed=args.seed,
+                                                       replica=setup.replica, replicas=setup.replicas)
+    common.set_peak_lr(setup.config, args.lr, rule=lr)
+    engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
+                          schedule=common.lr_schedule("cosine", updates, round(args.warmup * updates)),
+                          sample_input=torch.zeros(micro_batch, sequence, dtype=torch.long))
+
+    def test() -> float:
+        return validate(engine, corpus, micro_batch, sequence, args.eval_micro_batches)
+
+    def show(progress: training.Progress) -> str:
+        return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
+
+    stretches = min(args.evaluations, updates)
+    trained = training.train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
+                             ends=[updates * (i + 1) // stretches for i in range(stretches)])
+    text = ""
+    if args.sample:
+        prompt = common.from_rank(0, [] if corpus is None else corpus.validation[:PROMPT].tolist())
+        text = tokenizer.decode(prompt + generate(engine, prompt, args.sample, window=sequence, seed=args.seed,
+                                                  vocab_size=tokenizer.vocab_size, temperature=args.temperature))
+    losses, validation = trained.progress.train_loss, trained.progress.score
+    tokens = [n * setup.update_samples * sequence for n in trained.progress.updates]
+    before = {"validation_loss_before": validation[0], "perplexity_before": perplexity(validation[0])} if test_first else {}
+    summary = training.summarize(
+        args, setup, engine, trained,
+        **facts,
+        data=args.data,
+        epochs=tokens[-1] / common.from_rank(0, 0 if corpus is None else len(corpus.train)),
+        **before,
+        validation_loss=validation[-1],
+        perplexity=perplexity(validation[-1]),
+        curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation},
+        sample=text,
+    )
+    summary["tokens_per_second"] = summary["samples_per_second"] * sequence
+    if text and dist.get_rank() == 0:
+        print(f"--- a sample ---\n{text}\n----------------")
+    was = f" ({validation[0]:.3f} before)" if test_first else ""
+    training.report(
+        args, summary, f"{name}_{summary['method']}", f"{summary['method']}: {title}, {summary['stages']} stages",
+        ("thousands of tokens", [n / 1000 for n in tokens]),
+        {"nats per token": {"training loss": losses, "validation loss": validation}},
+        f"validation loss {validation[-1]:.3f} nats{was}, perplexity {summary['perplexity']:.2f}, "
+        f"{summary['tokens_per_second']:.0f} tokens/s",
+    )
+    return engine
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that is too large a number."""
+    return math.exp(loss) if not loss > 700 else math.inf

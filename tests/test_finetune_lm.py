@@ -1,0 +1,116 @@
+"""Fine-tuning language models of transformers: the recipe end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import worlds
+from recipe_runs import config_file, launch, run
+from tiny_lm import TEXT, save_tiny, save_words, validation_loss
+
+SHORT = ("--sequence_length", "16", "--micro_batches", "24", "--evaluations", "3", "--eval_micro_batches", "5", "--sample", "0")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 60)
+    return path
+
+
+def test_launched(tmp_path: Path, text: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, output, summary = save_tiny(tmp_path / "llama"), tmp_path / "tuned", tmp_path / "summary.json"
+    done = launch("finetune_lm", "--deepspeed_config", config_file(tmp_path, "delayed"), "--model", model, "--data", text,
+                  *SHORT, "--sample", "5", "--output", output, "--summary", summary, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(summary.read_text())
+    original, ids = AutoModelForCausalLM.from_pretrained(model).eval(), list(text.read_bytes())
+    assert results["method"] == "delayed" and results["stages"] == 4 and results["pipe_ranks"] == 2
+    assert results["validation_loss_before"] == pytest.approx(validation_loss(original, ids, 16, 4, 5), rel=1e-4)
+    assert results["validation_loss"] < results["validation_loss_before"] - 0.5
+    assert results["curves"]["tokens"][0] == 0 and len(results["sample"]) > 0 and results["tokens_per_second"] > 0
+    assert summary.with_suffix(".png").stat().st_size > 5000
+    tuned = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method, ranks, options", [("backprop", 1, []), ("dsp", 2, ["--untie_embeddings"])])
+def test_tied_embeddings(method: str, ranks: int, options: list[str], tmp_path: Path, text: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, output = save_tiny(tmp_path / "gpt2", "gpt2"), tmp_path / "tuned"
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, method), "--model", model, "--data",
+                  text, *SHORT, "--output", output, *options, ranks=ranks)
+    tuned = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert tuned.config.tie_word_embeddings is not bool(options)
+    assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("adapters_only, ranks", [(False, 1), (True, 2)])
+def test_adapters(adapters_only: bool, ranks: int, tmp_path: Path, text: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, output = save_tiny(tmp_path / "gpt2", "gpt2"), tmp_path / "tuned"
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "delayed"), "--model", model, "--data",
+                  text, *SHORT, "--lora_rank", "4", "--output", output, *(["--adapters_only"] if adapters_only else []),
+                  ranks=ranks)
+    assert results["validation_loss"] < results["validation_loss_before"]
+    if adapters_only:
+        assert not (output / "model.safetensors").exists()
+        base = AutoModelForCausalLM.from_pretrained(model)
+        tuned = PeftModel.from_pretrained(base, output).eval()
+    else:
+        tuned = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
+
+
+def test_tokenizer_of_the_model(tmp_path: Path, text: Path) -> None:
+    """It is used, and goes with the model; a vocabulary may be larger than the tokenizer's."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "words"
+    count = save_words(folder)
+    save_tiny(folder, vocab_size=count + 3)
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "dsp"), "--model", folder, "--data",
+                  text, *SHORT, "--sample", "10", "--sequence_length", "8", "--output", tmp_path / "tuned")
+    assert results["validation_loss_before"] < 4 and len(results["sample"].split()) == 16 + 10
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").tokenize("the dog") == ["the", "dog"]
+
+
+@pytest.mark.parametrize("adapters", [[], ["--lora_rank", "2"]])
+def test_resumes(adapters: list[str], tmp_path: Path, text: Path) -> None:
+    model, saved = save_tiny(tmp_path / "llama"), tmp_path / "saved"
+    arguments = ("--deepspeed_config", config_file(tmp_path, "delayed"), "--model", model, "--data", text, *SHORT, *adapters)
+    whole = run("finetune_lm", tmp_path, *arguments, "--save_checkpoint", saved, "--save_every", "1", ranks=2)
+    (saved / "latest").write_text("update4")
+    resumed = run("finetune_lm", tmp_path, *arguments, "--resume", saved, ranks=2)
+    assert resumed["curves"]["validation_loss"] == whole["curves"]["validation_loss"]
+
+
+@pytest.mark.parametrize("method, changes, words", [
+    ("petra", [], ["decoupled.method", "petra", "cannot be undone", "dsp", "delayed"]),
+    ("reversible", [], ["decoupled.method", "reversible", "backprop"]),
+    ("delayed", ["--model", "TIED"], ["one tensor", "--untie_embeddings", "backprop"]),
+    ("dsp", ["--model", "/none"], ["no such folder"]),
+    ("dsp", ["--model", "SMALL"], ["--tokenizer", "bytes", "256 tokens", "vocabulary 61"]),
+    ("dsp", ["--sequence_length", "65"], ["--sequence_length", "64 positions"]),
+    ("dsp", ["--lora_alpha", "8"], ["--lora_alpha", "--lora_rank"]),
+    ("dsp", ["--lora_rank", "2", "--lora_targets", "nothing"], ["--lora_targets", "nothing"]),
+    ("dsp", ["--adapters_only"], ["--adapters_only", "--lora_rank"]),
+    ("dsp", ["--output", "FILE"], ["--output", "folder"]),
+])
+def test_refusals(method: str, changes: list[str], words: list[str], tmp_path: Path, text: Path) -> None:
+    makers = {"TIED": lambda: save_tiny(tmp_path / "gpt2", "gpt2"), "FILE": lambda: text,
+              "SMALL": lambda: save_tiny(tmp_path / "small", vocab_size=61)}
+    model = save_tiny(tmp_path / "llama")
+    with pytest.raises(worlds.RankFailed) as failure:
+        run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, method), "--model", model, "--data", text,
+            *SHORT, *(str(makers[c]()) if c in makers else c for c in changes))
+    for word in words:
+        assert word in str(failure.value)
+    assert "SystemExit" in str(failure.value)
