@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -67,6 +67,25 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class CompileSettings:
+    """How layers are compiled, see :mod:`ds_decoupled.stages.compiled`.
+
+    Attributes:
+        backend: ``inductor``, or ``aot_eager``, which writes no code: it shows whose fault a number is.
+        mode: inductor's.
+        dynamic: whether shapes may change without compiling again; None: from the first change on.
+    """
+
+    backend: str = "inductor"
+    mode: str = "default"
+    dynamic: bool | None = None
+
+
+BACKENDS = ("inductor", "aot_eager")
+MODES = ("default", "max-autotune-no-cudagraphs")
+
+
 class DecoupledConfig(BaseModel):
     """The ``decoupled`` block.
 
@@ -80,6 +99,7 @@ class DecoupledConfig(BaseModel):
         gradient, recover, weights, update, input: override one axis of the preset.
         codec: how floating-point payloads travel between ranks.
         split_backward: send a gradient down before the weights' own gradients are computed.
+        compile: ``torch.compile`` the layers: true, or an object of :class:`CompileSettings`' attributes.
         lr_by_delay: updates over which the damping of late stages' learning rates fades (PipeMare's T1,
             :mod:`ds_decoupled.optim.lr_by_delay`); 0 is no damping.
         track_gradients: compare the gradient used with the exact one every so many micro-batches; 0 is never.
@@ -99,6 +119,7 @@ class DecoupledConfig(BaseModel):
     input: str | None = None
     codec: str = "none"
     split_backward: bool = False
+    compile: bool | dict[str, Any] = False
     lr_by_delay: int = 0
     track_gradients: int = 0
     timeout: float = Field(default=600.0)
@@ -120,6 +141,12 @@ class DecoupledConfig(BaseModel):
                               'with "update": "flush" the weights are the same in the forward and the backward pass',
                               'Take "weights": "current", or "update": "delayed".')
         return axes
+
+    def compile_settings(self) -> CompileSettings | None:
+        """How layers are compiled; None where they are not."""
+        if isinstance(self.compile, dict):
+            return CompileSettings(**self.compile)
+        return CompileSettings() if self.compile else None
 
     @property
     def is_plain_backprop(self) -> bool:
@@ -176,6 +203,31 @@ def _check(config: DecoupledConfig) -> None:
     if not config.timeout > 0:  # also refuses NaN
         raise ConfigError(f"{BLOCK}.timeout", config.timeout, "seconds, above 0", "Leave it out for 600.")
     config.axes()
+    _check_compile(config)
+
+
+def _check_compile(config: DecoupledConfig) -> None:
+    name = f"{BLOCK}.compile"
+    for key in config.compile if isinstance(config.compile, dict) else ():
+        _choice(name, key, tuple(field.name for field in fields(CompileSettings)))
+    settings = config.compile_settings()
+    if settings is None:
+        return
+    _choice(f"{name}.backend", str(settings.backend), BACKENDS)
+    if settings.mode in ("reduce-overhead", "max-autotune"):
+        raise ConfigError(f"{name}.mode", settings.mode, "its CUDA graphs write every output to the same place, where messages "
+                          "in flight are still to be read", f"Take one of {', '.join(map(repr, MODES))}.")
+    _choice(f"{name}.mode", str(settings.mode), MODES)
+    if settings.backend != "inductor" and settings.mode != "default":
+        raise ConfigError(f"{name}.mode", settings.mode, "modes are inductor's, other backends have none", 'Leave "mode" out.')
+    if not isinstance(settings.dynamic, bool | None):
+        raise ConfigError(f"{name}.dynamic", settings.dynamic, "true, false or null", "Leave it out if you are not sure.")
+    if config.split_backward:
+        raise ConfigError(name, config.compile, 'a compiled backward pass cannot be halved, as "split_backward" would',
+                          "Leave one of the two out.")
+    if config.is_plain_backprop:
+        raise ConfigError(name, config.compile, "this method is DeepSpeed's own engine, which compiles on demand",
+                          "Leave it out and call engine.compile().")
 
 
 def read_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:

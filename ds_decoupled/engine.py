@@ -28,6 +28,7 @@ from ds_decoupled.network import Network
 from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, Stage, check_reconstruct
+from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
 from ds_decoupled.tensors import Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
@@ -100,6 +101,10 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
         seeds = LayerSeeds(getattr(self.module, "base_seed", 0), self.mpu.get_data_parallel_rank(), self.device)
         start = self.placement.rank_layer_bounds[rank]
+        compiled = self.decoupled.compile_settings()
+        if compiled is not None:
+            check_compiler(compiled, self.device)
+            compile_layers(self.module.forward_funcs, compiled, outlives_updates(self.axes))
         for index in self.placement.stages_of(rank):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
@@ -351,6 +356,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.network.expect_evaluation(count)
         with torch.no_grad():
             results = [self._evaluate(m, data_iter, compute_loss) for m in range(count)]
+        self.network.flush("evaluation")  # this may be the last that the process does
         value = logits = None
         if self.holds_loss:
             value = self.reduce_outputs([loss for loss, _ in results], reduce_output, count)

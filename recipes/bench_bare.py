@@ -16,27 +16,27 @@ from torch.optim import SGD
 from ds_decoupled.nn import ReversibleCoupling
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+Loss = Callable[[Any, Any], Tensor]
 
 
-def backprop_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD]) -> Callable[[], None]:
+def backprop_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD], loss: Loss) -> Callable[[], None]:
     """One call: k micro-batches forward and back through all layers, one step."""
     model = nn.Sequential(*layers)
     optimizer = sgd(model.parameters())
-    criterion = nn.CrossEntropyLoss()
 
     def call() -> None:
         for _ in range(k):
-            images, labels = next(batches)
-            (criterion(model(images), labels) / k).backward()
+            inputs, labels = next(batches)
+            (loss(model(inputs), labels) / k).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return call
 
 
-def petra_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD]) -> Callable[[], None]:
+def petra_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD], loss: Loss) -> Callable[[], None]:
     """One call: k ticks of PETRA with hops (1, 1), every layer a stage with its own optimizer."""
-    loop = _PetraLoop(layers, batches, k, sgd)
+    loop = _PetraLoop(layers, batches, k, sgd, loss)
 
     def call() -> None:
         for _ in range(k):
@@ -54,11 +54,10 @@ def _grad(x: Any) -> Any:
 
 
 class _PetraLoop:
-    def __init__(self, layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD]) -> None:
-        self.layers, self.batches, self.k = layers, batches, k
+    def __init__(self, layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD], loss: Loss) -> None:
+        self.layers, self.batches, self.k, self.loss = layers, batches, k, loss
         self.optimizers = [sgd(layer.parameters()) for layer in layers]
         self.norms = [[m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)] for layer in layers]
-        self.criterion = nn.CrossEntropyLoss()
         self.up: list[deque[Any]] = [deque() for _ in layers]  # (input, labels) into each stage
         self.down: list[deque[Any]] = [deque() for _ in layers]  # (output, its gradient) into each stage
         self.kept: list[deque[Any]] = [deque() for _ in layers]  # inputs, at the stages that cannot be undone
@@ -93,7 +92,7 @@ class _PetraLoop:
 
     def _loss(self, x: Any, labels: Tensor) -> None:
         x = _leaf(x)
-        (self.criterion(self.layers[-1](x), labels) / self.k).backward()
+        (self.loss(self.layers[-1](x), labels) / self.k).backward()
         self.down[-2].append((x, _grad(x)))
         self._step_if_due(len(self.layers) - 1)
 

@@ -19,6 +19,7 @@ class Method:
         one_rank: whether it can run on a single rank.
         ranks: whether it can run on several.
         copies: on several ranks, each runs the whole of it for itself: as much as the machine's cores can do side by side.
+        extra: runs only where it is asked for.
     """
 
     label: str
@@ -28,10 +29,11 @@ class Method:
     one_rank: bool = True
     ranks: bool = True
     copies: bool = False
+    extra: bool = False
 
 
-def _ours(label: str, recover: str, method: str, **block: Any) -> Method:
-    return Method(label, "engine", {"method": method, "stages": "blocks", **block}, recover)
+def _ours(label: str, recover: str, method: str, extra: bool = False, **block: Any) -> Method:
+    return Method(label, "engine", {"method": method, "stages": "blocks", **block}, recover, extra=extra)
 
 
 METHODS: dict[str, Method] = {
@@ -47,6 +49,9 @@ METHODS: dict[str, Method] = {
     "delayed": _ours("delayed", "graph", "delayed"),
     "pipedream": _ours("pipedream", "graph", "pipedream"),
     "reversible": _ours("reversible", "reconstruct", "reversible"),
+    "petra-compiled": _ours("petra, compiled", "reconstruct", "petra", extra=True, compile=True),
+    "dsp-compiled": _ours("dsp, compiled", "input", "dsp", extra=True, compile=True),
+    "delayed-compiled": _ours("delayed, compiled", "graph", "delayed", extra=True, compile=True),
     "1f1b": Method("DeepSpeed 1F1B", "deepspeed"),
     "1f1b-checkpoint": Method("DeepSpeed 1F1B, checkpointed", "deepspeed", recover="input", one_rank=False),
     "dualpipev": Method("DeepSpeed DualPipeV", "dualpipev", one_rank=False),
@@ -130,6 +135,8 @@ def laws(ranks: int, k: int) -> list[Law]:
             Law("engine, petra / bare PETRA loop", at("petra"), at("bare-petra"), 1.0, 1 / 1.05),
             Law("petra / bare backpropagation", at("petra"), at("bare-backprop"), 3 / 4, 4 / 3 / 1.40),
             Law("engine, delayed / bare backpropagation", at("delayed"), at("bare-backprop"), 1.0, 1 / 1.05),
+            *(Law(f"{METHODS[m].label}, compiled / not", at(f"{m}-compiled"), at(m), 1.0, 0.0)
+              for m in ("petra", "dsp", "delayed")),
             Law("DeepSpeed / bare backpropagation", at("1f1b"), at("bare-backprop"), 1.0, 0.0),
         ]
     bubble = 1 + (ranks - 1) / k

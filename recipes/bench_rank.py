@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from bench_bare import backprop_loop, petra_loop
+from bench_models import Model
 from bench_plan import METHODS, Configuration
 from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentrant_checkpoint
@@ -31,32 +32,10 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import Tensor, nn
 
 import ds_decoupled
-from ds_decoupled.models import build_model
 from ds_decoupled.profile import layer_times
 
 SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 """The update costs what it costs in training; so small a rate keeps random labels from leading anywhere."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What all configurations train, on random images that lie in memory."""
-
-    name: str
-    width: int
-    image_size: int
-    micro_batch: int
-
-    def specs(self) -> list[LayerSpec]:
-        return build_model(self.name, data="cifar10", width=self.width)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Without end, over four micro-batches."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.micro_batch, 3, self.image_size, self.image_size)
-        pool = [(torch.randn(shape, generator=generator), torch.randint(10, (self.micro_batch,), generator=generator))
-                for _ in range(4)]
-        return itertools.cycle(pool)
 
 
 class Meter:
@@ -96,7 +75,7 @@ class Chain(nn.Module):
 
 
 class Bordered(nn.Module):
-    """A layer at a rank's border, between which one tensor travels: both streams of a RevNet, stacked.
+    """A layer at a rank's border, between which one tensor travels: both streams of a reversible model, stacked.
 
     DeepSpeed's backward runs once for every tensor of a tuple, each time through the rank's whole graph; so two streams would
     cost its pipelines two backwards, and the comparison would be unfair to it.
@@ -107,15 +86,16 @@ class Bordered(nn.Module):
         self.layer, self.splits, self.joins = spec.build(), splits, joins
 
     def forward(self, x: Any) -> Any:
-        if self.splits and x.dim() == 5:
+        if self.splits:
             x = tuple(x.unbind())
         y = self.layer(x)
-        return torch.stack(y) if self.joins and isinstance(y, tuple) else y
+        return torch.stack(y) if self.joins else y
 
 
-def one_tensor_borders(specs: list[LayerSpec], bounds: list[int]) -> list[LayerSpec]:
-    """``specs`` with :class:`Bordered` layers on both sides of every inner bound."""
-    inner = bounds[1:-1]
+def one_tensor_borders(model: Model, bounds: list[int]) -> list[LayerSpec]:
+    """The model's layers, with :class:`Bordered` ones on both sides of every inner bound where two streams cross it."""
+    specs = model.specs()
+    inner = bounds[1:-1] if model.streams else []
     return [LayerSpec(Bordered, spec, i in inner, i + 1 in inner) if i in inner or i + 1 in inner else spec
             for i, spec in enumerate(specs)]
 
@@ -127,31 +107,45 @@ class Runner:
     Attributes:
         call: k micro-batches, as ``train_batch`` does.
         warm_up: calls until the pipeline is full and everything has been allocated.
-        engine: ours, where it is ours.
+        engine: ours or DeepSpeed's; None for a bare loop.
     """
 
     call: Callable[[], Any]
     warm_up: int = 2
     engine: Any = None
 
+    @property
+    def ours(self) -> bool:
+        return isinstance(self.engine, ds_decoupled.DecoupledPipelineEngine)
 
-def build(configuration: Configuration, model: Model, bounds: list[int]) -> Runner:
-    """The runner of one rank; ``bounds`` are the layers at which ranks (DualPipeV: its 2P stages) begin."""
+
+def build(configuration: Configuration, model: Model, bounds: list[int], *, block: Mapping[str, Any] | None = None,
+          optimizer: Mapping[str, Any] = SGD, data: Iterator[tuple[Tensor, Tensor]] | None = None) -> Runner:
+    """The runner of one rank.
+
+    Args:
+        configuration: method, ranks, k.
+        model: what is trained.
+        bounds: the layers at which ranks (DualPipeV: its 2P stages) begin.
+        block: overrides settings of the method's ``decoupled`` block.
+        optimizer: SGD's parameters.
+        data: micro-batches, if not the model's own.
+    """
     method, k = METHODS[configuration.method], configuration.k
-    specs, batches = model.specs(), model.batches()
+    specs, batches = model.specs(), data or model.batches()
     if method.runner.startswith("bare"):
         torch.manual_seed(0)
         layers = [spec.build() for spec in specs]
         loop = petra_loop if method.runner == "bare-petra" else backprop_loop
         warm_up = math.ceil(2 * len(layers) / k) + 1 if method.runner == "bare-petra" else 2
-        return Runner(loop(layers, batches, k, partial(torch.optim.SGD, **SGD)), max(2, warm_up))
+        return Runner(loop(layers, batches, k, partial(torch.optim.SGD, **optimizer), model.loss()), max(2, warm_up))
 
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": model.micro_batch, "gradient_accumulation_steps": k,
-                              "gradient_clipping": 0.0, "optimizer": {"type": "SGD", "params": SGD},
-                              "steps_per_print": 10**9, "decoupled": method.block or {"method": "backprop"}}
+                              "gradient_clipping": 0.0, "optimizer": {"type": "SGD", "params": dict(optimizer)},
+                              "steps_per_print": 10**9, "decoupled": {"method": "backprop", **method.block, **(block or {})}}
     if method.runner != "engine":
-        specs = one_tensor_borders(specs, bounds)
-    common: dict[str, Any] = {"num_stages": configuration.ranks, "loss_fn": nn.CrossEntropyLoss()}
+        specs = one_tensor_borders(model, bounds)
+    common: dict[str, Any] = {"num_stages": configuration.ranks, "loss_fn": model.loss()}
     if method.runner == "dualpipev":
         del config["decoupled"]
         deepspeed.init_distributed()
@@ -164,7 +158,7 @@ def build(configuration: Configuration, model: Model, bounds: list[int]) -> Runn
     engine, *_ = ds_decoupled.initialize(model=pipeline, config=config, model_parameters=list(pipeline.parameters()))
     call = partial(engine.train_batch, batches)
     if method.runner != "engine":
-        return Runner(call)
+        return Runner(call, engine=engine)
     return Runner(call, max(2, math.ceil(engine.plan.ticks.drain / k) + 1), engine)
 
 
@@ -186,7 +180,7 @@ def time_calls(runner: Runner, meter: Meter, calls: int) -> dict[str, float]:
             "bytes_sent": float(meter.bytes_sent)}
 
 
-def _distinct_bytes(tensors: Iterator[Tensor]) -> int:
+def distinct_bytes(tensors: Iterator[Tensor]) -> int:
     """Bytes of the storages behind ``tensors``, each once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -215,7 +209,7 @@ def watch_activations(runner: Runner, calls: int) -> dict[str, int]:
         waiting = [t for link in queues for message in link.queue for t in _tensors_in(message.parts)]
         stashed = [t for stage in engine.stages.values() for values in stage.weights.stash.values() for t in values]
         for name, tensors in (("kept", kept), ("with_messages", kept + waiting), ("stashed", stashed)):
-            peaks[name] = max(peaks[name], _distinct_bytes(iter(tensors)))
+            peaks[name] = max(peaks[name], distinct_bytes(iter(tensors)))
 
     def and_look(function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
@@ -247,7 +241,7 @@ def serve(pipe: Connection, configuration: Configuration, model: Model, bounds: 
             pipe.send(("timed", time_calls(runner, meter, calls)))
         else:
             report: dict[str, Any] = {"peak_memory_bytes": _resident_bytes() - before}
-            if runner.engine is not None:
+            if runner.ours:
                 report |= watch_activations(runner, max(calls, runner.warm_up))
                 report["delays"] = [runner.engine.plan.ticks.delay(s) for s in runner.engine.stages]
             pipe.send(("watched", report))

@@ -2,8 +2,11 @@
 
     python recipes/benchmark.py                       speed: every method at P = 1 and 2, k = 1, 4, 16
     python recipes/benchmark.py --quick               the same on a tiny model, as a check that all of it runs
+    python recipes/benchmark.py --model gpt-tiny      speed of a reversible GPT
     python recipes/benchmark.py memory                activations kept, by method
-    python recipes/benchmark.py reconstruction        how exact a rebuilt input is
+    python recipes/benchmark.py depth                 activations of a GPT against its depth and its stages, with a picture
+    python recipes/benchmark.py reconstruction        how exact a rebuilt input is: a RevNet's couplings
+    python recipes/benchmark.py precision             the same for a reversible GPT, against its depth
 
 On CPU, with one core and one thread a rank. All worlds of one k are alive at once and take turns, round by round, so that
 noise of the machine hits all alike; ratios are taken within a round, and medians over the rounds. Timings leave out
@@ -19,10 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_depth
 import bench_figures
+import bench_precision
 import common
+from bench_models import GPTS, NAMES, Model, make_model
 from bench_plan import METHODS, Configuration, configurations, laws
-from bench_rank import Model, profile, serve
+from bench_rank import profile, serve
 from bench_report import (
     Measurement,
     as_json,
@@ -36,45 +42,60 @@ from bench_report import (
 from bench_worlds import World, WorldFailed, worlds
 from tqdm import tqdm
 
-from ds_decoupled.models import MODELS, build_model
 from ds_decoupled.schedules import balanced_bounds
 
-QUICK = {"width": 8, "image_size": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
+QUICK = {"width": 8, "image_size": 8, "length": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
+FIGURES = ("speed", "memory", "depth", "reconstruction", "precision")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", nargs="?", default="speed", choices=("speed", "memory", "reconstruction"))
-    parser.add_argument("--model", default="revnet18", choices=MODELS)
-    parser.add_argument("--width", type=int, default=64, help="channels of the first group (default: 64)")
+    parser.add_argument("figure", nargs="?", default="speed", choices=FIGURES)
+    parser.add_argument("--model", default="revnet18", choices=NAMES, metavar="MODEL", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--width", type=int, help="channels of the first group, or a GPT's width (default: 64, its size's)")
+    parser.add_argument("--blocks", type=int, help="a GPT's blocks (default: its size's)")
     parser.add_argument("--image_size", type=int, default=22, help="pixels a side (default: 22)")
-    parser.add_argument("--micro_batch", type=int, default=32, help="images (default: 32)")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: 128; depth: 32; precision: 64)")
+    parser.add_argument("--micro_batch", type=int, help="images or sequences (default: 32, GPTs: 8; depth and precision: 2)")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="micro-batches an update (default: 1 4 16)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="pipeline ranks P (default: 1 2)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
-                        help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--methods", nargs="+", default=[name for name, method in METHODS.items() if not method.extra],
+                        choices=list(METHODS), metavar="METHOD",
+                        help=f"of {', '.join(METHODS)} (default: all that are not compiled)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--calls", type=int, default=1, help="train_batch calls a timing at the largest k; at a smaller k as "
                         "many as feed as many micro-batches (default: 1)")
-    parser.add_argument("--output", type=Path, help="JSON file of all numbers (default: runs/benchmark.json)")
+    parser.add_argument("--output", type=Path, help="JSON file of all numbers (default: runs/benchmark.json, or the figure's "
+                        "name); a picture goes beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds")
     if parser.parse_args(arguments).quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(arguments)
-    for name in ("width", "image_size", "micro_batch", "repeats", "calls"):
-        if getattr(args, name) < 1:
+    small = args.figure in ("depth", "precision")
+    if args.micro_batch is None:
+        args.micro_batch = 2 if small else 8 if args.model in GPTS else 32
+    if args.length is None:
+        args.length = {"depth": 32, "precision": 64}.get(args.figure, 128)
+    for name in ("width", "blocks", "image_size", "length", "micro_batch", "repeats", "calls"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
     for name in ("k", "ranks"):
         if min(getattr(args, name)) < 1:
             parser.error(f"--{name} {min(getattr(args, name))}: it must be at least 1")
-    layers = len(build_model(args.model))
+    layers = len(model_of(args).specs())
     if max(args.ranks) > layers:
         parser.error(f"--ranks {max(args.ranks)}: {args.model} has {layers} layers, and a rank needs one at least")
-    if not args.model.startswith("revnet"):
+    if not model_of(args).streams:
         reversible = [m for m in args.methods if METHODS[m].recover == "reconstruct"]
         args.methods = [m for m in args.methods if m not in reversible]
         print(f"{args.model} has no layer that can be inverted: leaving out {', '.join(reversible)}", file=sys.stderr)
     return args
+
+
+def model_of(args: argparse.Namespace) -> Model:
+    """What ``--model`` and its sizes say."""
+    return make_model(args.model, args.micro_batch, width=args.width, image_size=args.image_size, length=args.length,
+                      blocks=args.blocks)
 
 
 def measure_layers(start: Callable[..., World], model: Model) -> dict[str, list[float]]:
@@ -159,26 +180,41 @@ def speed(args: argparse.Namespace, model: Model) -> tuple[str, dict[str, Any]]:
     return text, {"measured": as_json(measured), "laws": laws_as_json(measured, rules), "layer_seconds": times}
 
 
+def figure(args: argparse.Namespace, model: Model, output: Path) -> tuple[str, str, list[dict[str, Any]]]:
+    """A figure other than speed: its table, what it is about, all numbers."""
+    if args.figure == "memory":
+        text, found = bench_figures.memory(model, args.k[0])
+        return text, f"{model.describe()}, one stage a block, one rank, k = {args.k[0]}", found
+    if args.figure == "depth":
+        picture = output.with_suffix(".png")
+        return bench_depth.depth(args.micro_batch, args.length, args.width or 64, picture, args.quick)
+    width = args.width or 64
+    if args.figure == "precision":
+        depths = (1, 2) if args.quick else bench_precision.DEPTHS
+        text, found = bench_precision.precision(args.micro_batch, args.length, width, depths)
+        return text, f"Couplings of a GPT of width {width}; sequences of {args.length}, micro-batch {args.micro_batch}", found
+    text, found = bench_figures.reconstruction(width, args.image_size, args.micro_batch)
+    return text, "A reversible run at learning rate 0", found
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run, print, write."""
     args = parse_arguments(arguments)
-    model = Model(args.model, args.width, args.image_size, args.micro_batch)
-    about = f"{args.model} at width {args.width}, {args.image_size} x {args.image_size} images, micro-batch {args.micro_batch}"
+    model = model_of(args)
+    about = model.describe()
+    output = args.output or Path("runs") / ("benchmark.json" if args.figure == "speed" else f"{args.figure}.json")
+    numbers: dict[str, Any]
     try:
         if args.figure == "speed":
             text, numbers = speed(args, model)
             about = f"{about}; medians of {args.repeats} rounds"
-        elif args.figure == "memory":
-            text, found = bench_figures.memory(model, args.k[0])
-            numbers, about = {"memory": found}, f"{about}, one stage a block, one rank, k = {args.k[0]}"
         else:
-            text, found = bench_figures.reconstruction(args.width, args.image_size, args.micro_batch)
-            numbers, about = {"reconstruction": found}, "A reversible run at learning rate 0"
+            text, about, found = figure(args, model, output)
+            numbers = {args.figure: found}
     except KeyboardInterrupt:
         sys.exit(130)
     facts = environment()
     print(f"\n{headline(facts, about)}\n{text}")
-    output = args.output or Path("runs") / ("benchmark.json" if args.figure == "speed" else f"{args.figure}.json")
     common.write_json(output, {"environment": facts, "arguments": {n: str(v) if isinstance(v, Path) else v
                                                                    for n, v in vars(args).items()}, **numbers})
     print(f"\nnumbers: {output}")

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from nets import NETS, batches, token_batches
+from nets import NETS, batches, token_batches, varied
 from torch import nn
 
 import ds_decoupled
@@ -51,9 +51,11 @@ def data_of(case: dict[str, Any], engine: Any) -> Any:
     if not engine.is_first_stage():
         return None
     if case.get("net") == "gpt":
-        return iter(token_batches(case["batches"], case.get("size", 4)))
-    replica, replicas = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
-    return iter(batches(case["batches"], case.get("size", 4), replica=replica, replicas=replicas))
+        made = token_batches(case["batches"], case.get("size", 4))
+    else:
+        replica, replicas = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
+        made = batches(case["batches"], case.get("size", 4), replica=replica, replicas=replicas)
+    return iter(varied(made) if case.get("varied") else made)
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_against_weights(case: dict[str, Any]) -> dict[str, Any]:
-    """What stages keep between ticks, compared with every weight: by storage, and by value with the weights as they ever were."""
+    """What stages keep between ticks, compared with every weight: by storage, and by value with all weights ever used."""
     engine = build(case)
     data = data_of(case, engine)
     versions: set[bytes] = set()

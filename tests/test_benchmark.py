@@ -72,21 +72,24 @@ def test_idle_counts_waits_and_the_end() -> None:
 # -- the bare loops ---------------------------------------------------------------------------------------------------------
 
 
-def states_after(method: str, bare: str, k: int, calls: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def states_after(name: str, width: int, method: str, bare: str, k: int,
+                 calls: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Parameters and running statistics of the engine's run and of the bare loop's, from the same start."""
     import functools
 
     import bench_bare
     import bench_rank
+    from bench_models import make_model
 
     bench_rank.SGD["lr"] = 0.1
     bench_rank.METHODS["flushed"] = Method("", "engine", {"method": "backprop", "stages": "blocks", "recover": "input"})
-    model = bench_rank.Model("revnet18", 4, 8, 4)
+    model = make_model(name, 4, width=width, image_size=8, length=8, blocks=4)
     runner = bench_rank.build(Configuration(method, 1, k), model, [0, 10])
     layers = [spec.build() for spec in model.specs()]
     for mine, theirs in zip(layers, runner.engine.module.forward_funcs):
         mine.load_state_dict(theirs.state_dict())
-    call = getattr(bench_bare, bare)(layers, model.batches(), k, functools.partial(torch.optim.SGD, **bench_rank.SGD))
+    call = getattr(bench_bare, bare)(layers, model.batches(), k, functools.partial(torch.optim.SGD, **bench_rank.SGD),
+                                   model.loss())
     start = [p.clone() for layer in layers for p in layer.parameters()]
     for _ in range(calls):
         runner.call()
@@ -96,10 +99,10 @@ def states_after(method: str, bare: str, k: int, calls: int) -> tuple[list[torch
             [t.detach() for layer in layers for t in layer.state_dict().values()])
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_bare_petra_is_petra(k: int) -> None:
+@pytest.mark.parametrize(("name", "width", "k"), [("revnet18", 4, 1), ("revnet18", 4, 3), ("gpt-tiny", 16, 1)])
+def test_bare_petra_is_petra(name: str, width: int, k: int) -> None:
     """Overhead is measured against the same arithmetic: the same numbers, with everything in flight."""
-    engine, bare = worlds.run(1, states_after, "petra", "petra_loop", k, 24)[0]
+    engine, bare = worlds.run(1, states_after, name, width, "petra", "petra_loop", k, 24)[0]
     for a, b in zip(engine, bare, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -9,7 +9,7 @@ import engine_cases
 import pytest
 import torch
 import worlds
-from nets import batches, batches_for
+from nets import batches, batches_for, varied
 from oracle import Oracle
 
 from ds_decoupled.config import parse_block
@@ -29,7 +29,8 @@ def compare(case: dict[str, Any], world: int = 1, prepare: Callable[[Oracle], ob
                     clip=case.get("clip", 0.0), decay=case.get("decay", 1.0))
     prepare(oracle)
     torch.manual_seed(0)
-    oracle.train(batches_for(case.get("net", ""), case["batches"], case.get("size", 4)))
+    data = batches_for(case.get("net", ""), case["batches"], case.get("size", 4))
+    oracle.train(varied(data) if case.get("varied") else data)
     expected = engine_cases.merged([{"replica": 0, "state": {
         f"{index}.{name}": value for s, layers in enumerate(results[0]["summary"]["stage_layers"])
         for index, layer in zip(layers, oracle.stages[s]) for name, value in layer.state_dict().items()}}])

@@ -1,0 +1,198 @@
+"""What delay costs a language model: validation loss of a small reversible GPT by stages, hops, k, method and optimizer.
+
+    python recipes/delay_study.py --data shakespeare.txt --jobs 2
+    python recipes/delay_study.py --data shakespeare.txt --methods petra backprop --stages 8 --seeds 0 1 2
+
+Every run trains with the engine on one rank, where the numbers are those of any number of ranks. Results are written as they
+come, and a run that the output file holds already is not repeated: call it again with other options to fill a table up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import common
+from bench_report import environment, headline
+from delay_report import draw, tables
+from delay_run import OPTIMIZERS, Setting, Study, child
+from tqdm import tqdm
+
+from ds_decoupled.config import PRESETS
+from ds_decoupled.errors import ConfigError
+
+LEARNING_RATE = {"adamw": 1e-3, "muon": 1e-3, "nadam": 1e-3, "soap": 3e-3}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    grid = parser.add_argument_group("the grid: every combination is a run")
+    grid.add_argument("--methods", nargs="+", default=["backprop", "petra", "dsp", "delayed"], choices=sorted(PRESETS))
+    grid.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], metavar="J", help="with the embedding in the first "
+                      "and the head in the last one; two more than half-blocks: as stages of their own (default: 2 4 8)")
+    grid.add_argument("--hops", nargs="+", default=["0,1"], metavar="A,B", help="forward, backward (default: 0,1)")
+    grid.add_argument("--k", type=int, nargs="+", default=[1], help="micro-batches an update (default: 1)")
+    grid.add_argument("--optimizers", nargs="+", default=["muon", "adamw"],
+                      help=f"of {', '.join(OPTIMIZERS)}, or import paths (default: muon adamw)")
+    grid.add_argument("--lr", type=float, nargs="+", help="peak (default: the optimizer's own, 1e-3 for most)")
+    grid.add_argument("--embedding_std", type=float, nargs="+", default=[0.3], help="scale of the streams (default: 0.3)")
+    grid.add_argument("--lr_by_delay", type=int, nargs="+", default=[0], help="updates of damping (default: 0, none)")
+    grid.add_argument("--params", nargs="+", default=["{}"], help="further parameters of the optimizer, as JSON")
+    grid.add_argument("--seeds", type=int, nargs="+", default=[0])
+    study = parser.add_argument_group("what all runs share")
+    study.add_argument("--data", default="topics", help="topics (of Python's documentation), a text file or a folder of them")
+    for name, what in {"micro_batches": "to train on", "blocks": "of two half-blocks", "width": "of each stream",
+                       "heads": "of attention", "sequence": "bytes", "micro_batch": "sequences",
+                       "eval_micro_batches": "to validate on", "probe_every": "micro-batches between two looks at what "
+                       "petra rebuilds"}.items():
+        study.add_argument(f"--{name}", type=int, default=getattr(Study, name), help=f"{what} (default: %(default)s)")
+    study.add_argument("--warmup", type=float, default=Study.warmup, help="share of all updates (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/delay_study.json"), help="results (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="picture (default: beside the output)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--threads", type=int, help="of each run (default: cores / jobs)")
+    return parser.parse_args(arguments)
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """Every combination once; backpropagation, which all are compared with, first."""
+    for name, least in (("k", 1), ("lr_by_delay", 0)):
+        if min(getattr(args, name)) < least:
+            raise ConfigError(f"--{name}", min(getattr(args, name)), f"at least {least} is needed")
+    for text in args.params:
+        try:
+            if not isinstance(json.loads(text), dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise ConfigError("--params", text, f"a JSON object is needed ({error})",
+                              'For example {"momentum": 0.9}') from error
+    hops = []
+    for text in args.hops:
+        parts = text.split(",")
+        if len(parts) != 2 or not all(part.isdigit() for part in parts):
+            raise ConfigError("--hops", text, "two whole numbers with a comma between them", "For example 0,1 or 1,1")
+        hops.append((int(parts[0]), int(parts[1])))
+    grid = itertools.product(args.seeds, args.optimizers, args.k, args.methods, args.stages, hops, args.embedding_std,
+                             args.lr_by_delay, args.params)
+    found = [Setting(method, stages, hop, k, optimizer, lr, std, fade, params, seed).simplified()
+             for seed, optimizer, k, method, stages, hop, std, fade, params in grid
+             for lr in args.lr or [LEARNING_RATE.get(optimizer, 1e-3)]]
+    return sorted(dict.fromkeys(found), key=lambda setting: setting.method != "backprop")
+
+
+class Results:
+    """The output file: a list of runs of one study, written whenever one is added.
+
+    Raises:
+        ConfigError: if the file holds another study, or none.
+    """
+
+    def __init__(self, path: Path, study: Study) -> None:
+        self.path, self.study = path, study
+        self.runs: dict[Setting, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            held, runs = content["study"], content["runs"]
+            self.runs = {Setting(**{**run["setting"], "hops": tuple(run["setting"]["hops"])}): run for run in runs}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError("--output", str(path), f"it holds no delay study ({error!r})", "Give another name.") from error
+        if held != asdict(study):
+            other = {f.name: held.get(f.name) for f in fields(Study) if held.get(f.name) != getattr(study, f.name)}
+            raise ConfigError("--output", str(path), f"it holds a study with other settings: {other}", "Give another name.")
+
+    def missing(self, wanted: list[Setting]) -> list[Setting]:
+        """Those not done, or failed, in order."""
+        return [setting for setting in wanted if "validation_loss" not in self.runs.get(setting, {})]
+
+    def add(self, setting: Setting, run: dict[str, Any]) -> None:
+        """Add a run and write the file anew; it is never half written."""
+        self.runs[setting] = {"setting": asdict(setting), **run}
+        part = self.path.with_suffix(".part")
+        common.write_json(part, {"environment": environment(), "study": asdict(self.study), "runs": list(self.runs.values())})
+        os.replace(part, self.path)
+
+
+def execute(settings: list[Setting], study: Study, jobs: int, threads: int) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Run ``settings``, ``jobs`` at a time, each in a process of its own; yields them as they end."""
+    context = mp.get_context("spawn")
+    waiting = list(reversed(settings))
+    running: dict[Connection, tuple[Setting, Any, Path, int]] = {}
+    bar = tqdm(total=len(settings) * study.micro_batches, unit="micro-batch", mininterval=0.5, smoothing=0.05)
+    with tempfile.TemporaryDirectory(prefix="delay-study-") as folder:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    setting = waiting.pop()
+                    log = Path(folder) / f"{len(waiting)}.log"
+                    here, there = context.Pipe(duplex=False)
+                    process = context.Process(target=child, args=(there, setting, study, threads, log), daemon=True)
+                    process.start()
+                    there.close()
+                    running[here] = setting, process, log, 0
+                for pipe in wait(list(running)):
+                    assert isinstance(pipe, Connection)
+                    setting, process, log, done = running[pipe]
+                    try:
+                        kind, value = pipe.recv()
+                    except EOFError:
+                        kind, value = "error", f"the process died; the end of its log:\n{log.read_text()[-1000:]}"
+                    if kind == "progress":
+                        bar.update(value - done)
+                        running[pipe] = setting, process, log, value
+                        continue
+                    del running[pipe]
+                    process.join(10)
+                    bar.update(study.micro_batches - done)
+                    result = value if kind == "done" else {"error": value}
+                    said = f"{value['validation_loss']:.3f} nats" if kind == "done" else f"failed: {value}"
+                    bar.write(f"{setting.label}: {said}", file=sys.stderr)
+                    yield setting, result
+        finally:
+            for _, process, _, _ in running.values():
+                process.kill()
+            bar.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then print and draw all that the output file holds."""
+    args = parse_arguments(arguments)
+    study = Study(**{f.name: getattr(args, f.name) for f in fields(Study)})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        wanted = settings_of(args)
+        results = Results(args.output, study)
+        for setting in wanted:
+            setting.config(study)  # refuses numbers of stages that the model does not have
+        missing = results.missing(wanted)
+        if len(missing) < len(wanted):
+            print(f"{args.output} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)
+        for setting, run in execute(missing, study, args.jobs, args.threads or max(1, cores // args.jobs)):
+            results.add(setting, run)
+    except ConfigError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    about = (f"Reversible GPT of {study.blocks} blocks, width {study.width}, sequences of {study.sequence} bytes, micro-batch "
+             f"{study.micro_batch}, {study.micro_batches} micro-batches, on {Path(study.data).name}.")
+    print(f"\n{headline(environment(), about)}\n{tables(results.runs)}")
+    plot = args.plot or args.output.with_suffix(".png")
+    draw(results.runs, plot)
+    print(f"\nnumbers: {args.output}\npicture: {plot}")
+    if any("error" in results.runs[setting] for setting in wanted):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The delay study: a tiny grid from end to end, what it repeats, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+import delay_study
+from delay_report import rows_of, tables
+from delay_run import Setting, Study
+
+from ds_decoupled.errors import ConfigError
+
+TINY = ["--blocks", "1", "--width", "16", "--heads", "2", "--sequence", "16", "--micro_batch", "2", "--micro_batches", "12",
+        "--eval_micro_batches", "2", "--probe_every", "2", "--threads", "1"]
+
+
+def test_stages() -> None:
+    """The embedding is joined to the first half-block, the head to the last; or both stand alone."""
+    study = Study("topics")
+    assert study.stage_bounds(8) == [0, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert study.stage_bounds(2) == [0, 5, 10]
+    assert study.stage_bounds(10) == list(range(11))
+    for stages in (0, 9, 11):
+        with pytest.raises(ConfigError, match="1 to 8 stages, or 10"):
+            study.stage_bounds(stages)
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs, resumes, reports."""
+    output = tmp_path / "study.json"
+    arguments = [*TINY, "--methods", "petra", "backprop", "--stages", "2", "--optimizers", "adamw", "--output", str(output)]
+    delay_study.main(arguments)
+    first = json.loads(output.read_text())
+    assert [run["setting"]["method"] for run in first["runs"]] == ["backprop", "petra"]
+    for run in first["runs"]:
+        assert 0 < run["validation_loss"] < 6 and run["seconds"] > 0
+    assert first["runs"][0]["reconstruction_error"] is None
+    assert 1e-9 < first["runs"][1]["reconstruction_error"] < 0.1
+    assert len(first["runs"][1]["curves"]["reconstruction_error"]) == 6
+    assert output.with_suffix(".png").stat().st_size > 5000
+    assert "| adamw | petra | 2 | (0, 1) | 1 |" in capsys.readouterr().out
+    delay_study.main([*arguments, "--k", "1", "4"])
+    out = capsys.readouterr()
+    assert "holds 2 of 4 runs already" in out.err and "k = 4" in out.out
+    second = json.loads(output.read_text())
+    assert second["runs"][:2] == first["runs"] and len(second["runs"]) == 4
+    with pytest.raises(SystemExit, match="other settings: {'micro_batches': 12}"):
+        delay_study.main([*arguments, "--micro_batches", "13"])
+
+
+def run(method: str, loss: float, **setting: Any) -> tuple[Setting, dict[str, Any]]:
+    made = Setting(**{"method": method, "stages": 8, "hops": (0, 1), "k": 1, "optimizer": "muon", "lr": 1e-3, **setting})
+    return made.simplified(), {"validation_loss": loss, "reconstruction_error": None}
+
+
+def test_gaps_are_to_the_best_backpropagation_of_the_same_optimizer_and_k() -> None:
+    runs = dict([run("backprop", 1.8), run("backprop", 1.7, seed=1), run("backprop", 1.9, lr=1e-4), run("backprop", 2.0, k=4),
+                 run("petra", 1.8), run("petra", 2.0, seed=1), run("petra", 2.5, k=4), run("dsp", 1.5, optimizer="adamw")])
+    gaps = {(row.setting.method, row.setting.k): row.gap for row in rows_of(runs) if row.setting.method != "backprop"}
+    assert gaps[("petra", 1)] == pytest.approx(0.15) and gaps[("petra", 4)] == pytest.approx(0.5)
+    assert gaps[("dsp", 1)] is None
+    assert "1.900 ± 0.141 | +0.150" in tables(runs)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--hops", "1"], ["--hops", "two whole numbers"]),
+    (["--k", "0"], ["--k", "at least 1"]),
+    (["--stages", "5"], ["--stages", "1 to 2 stages, or 4"]),
+    (["--params", "[1]"], ["--params", "a JSON object"]),
+])
+def test_bad_arguments(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as failure:
+        delay_study.main([*TINY, *arguments, "--output", str(tmp_path / "study.json")])
+    assert all(word in str(failure.value) for word in words)
+
+
+def test_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
+    output = tmp_path / "other.json"
+    output.write_text('{"runs": []}')
+    with pytest.raises(SystemExit, match="holds no delay study"):
+        delay_study.main([*TINY, "--output", str(output)])
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    output = tmp_path / "study.json"
+    with pytest.raises(SystemExit):
+        delay_study.main([*TINY, "--methods", "backprop", "--optimizers", "no_such_package.Best", "adamw",
+                          "--output", str(output)])
+    runs = json.loads(output.read_text())["runs"]
+    assert "cannot be imported" in runs[0]["error"] and runs[1]["validation_loss"] > 0
