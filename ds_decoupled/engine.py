@@ -21,13 +21,15 @@ from torch import Tensor
 from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.config import BLOCK, DecoupledConfig
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.links import CODECS, Message
 from ds_decoupled.network import Network
 from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, restrict
-from ds_decoupled.schedules import Placement, Plan
-from ds_decoupled.stages import LayerSeeds, Stage, check_reconstruct
-from ds_decoupled.tensors import Tensors, to_device
+from ds_decoupled.schedules import Placement, Plan, Ticks
+from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
+from ds_decoupled.stages.heads import blank, describe, groups_with_heads, make_head, outputs_of, sample_of
+from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
 
@@ -47,6 +49,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.decoupled = decoupled
         self.axes = decoupled.axes()
         self.placement = placement
+        _check_local(decoupled, placement.stages)
         self.stages: dict[int, Stage] = {}
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         super().__init__(*args, **kwargs)
@@ -57,9 +60,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
         self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
                               flush=self.axes.flush, split_backward=decoupled.split_backward,
-                              wants_output=frozenset(s for s, (wants, _, _) in told if wants))
+                              wants_output=frozenset(s for s, (wants, _, _) in told if wants), window=self.axes.window,
+                              farthest=decoupled.losses == "farthest")
         self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
-                               track=decoupled.track_gradients > 0)
+                               track=decoupled.track_gradients > 0,
+                               queue=decoupled.queue + self.axes.hops[0] if self.axes.window == 1 else None)
         self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None
         self.holds_loss = last in self.stages
         self._top = max(self.stages)
@@ -79,7 +84,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self._build_stages()
         parameters = list(model_parameters)
         for index, stage in self.stages.items():
-            own = restrict(parameters, stage.trainable)
+            head = stage.head_parameters if isinstance(stage, LocalStage) else []
+            own = groups_with_heads(restrict(parameters, stage.trainable), head)
             client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
             optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
             self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic)
@@ -98,8 +104,35 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
             puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
-            self.stages[index] = Stage(index, functions, layers.start, self.axes, index == self.placement.stages - 1,
-                                       self.module.loss_fn, seeds, split_backward=puts_off)
+            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
+            self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
+        if self.axes.window:
+            self._build_heads(rank)
+
+    def _local_stage(self, index: int, *args: Any) -> LocalStage:
+        return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
+                          farthest=self.decoupled.losses == "farthest")
+
+    def _build_heads(self, rank: int) -> None:
+        """Pass a blank sample through all stages, rank by rank, and build heads from what the stages give."""
+        stages, last = self.placement.stages, self.placement.stages - 1
+        first_loss = Ticks.local(stages, self.axes.hops, self.axes.window, self.decoupled.losses == "farthest").first_loss
+        here: list[Tensors] = []
+        sample = sample_of(self.module, self.decoupled.input_shape, self.train_micro_batch_size_per_gpu())
+        passed = describe(sample), isinstance(sample, Tensor)
+        for turn in range(self.placement.ranks):
+            given = None
+            if turn == rank:
+                description, single = passed
+                here = outputs_of(self.stages.values(), blank(description, single, self.device))
+                given = describe(here[-1]), isinstance(here[-1], Tensor)
+            passed = next(value for value in compat.gather_objects(given) if value is not None)
+        (shape, _), *_ = passed[0]
+        for (index, stage), outputs in zip(self.stages.items(), here):
+            if isinstance(stage, LocalStage) and first_loss <= index < last:
+                like = next((p for p in stage.parameters if p.is_floating_point()), None)
+                stage.head = make_head(self.decoupled.head, outputs, shape[-1], getattr(self.module, "base_seed", 0), index, like,
+                                       self.device)
 
     # -- training --------------------------------------------------------------------------------------------------------
 
@@ -123,7 +156,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
-        self.module.train()
+        self._train_mode()
         self._losses.clear()
         if self._end is None:
             self._fed += self.plan.k
@@ -139,6 +172,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
         self._after_batch(loss)
         return loss
+
+    def _train_mode(self) -> None:
+        """Layers train, but those of stages that have stopped."""
+        self.module.train()
+        for stage in self.stages.values():
+            if isinstance(stage, LocalStage) and stage.stopped:
+                stage.stop()
 
     def _fetch(self) -> None:
         """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
@@ -193,7 +233,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The mean loss of what was finished, as :meth:`train_batch` gives it.
         """
-        self.module.train()
+        self._train_mode()
         self._losses.clear()
         self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
         self.network.flush()
@@ -252,6 +292,28 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         outputs = self.stages[stage].forward(micro_batch, inputs)
         self.network.activations[stage + 1].send(Message(micro_batch, (outputs, labels)))
 
+    def _head(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, forward").parts
+        local = self._local(stage)
+        result = local.head_forward(micro_batch, inputs, labels, 1 / self.plan.k)
+        if stage == self._top:
+            self._losses.append(result.loss)
+        self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
+        self._pass_gradient(stage, micro_batch, result.grads, result.loss)
+
+    def _relay(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        grads, _, loss = self.network.gradients[stage].recv(micro_batch, f"stage {stage}, a loss above").parts
+        self._pass_gradient(stage, micro_batch, self._local(stage).relay(micro_batch, grads), loss)
+
+    def _local(self, stage: int) -> LocalStage:
+        local = self.stages[stage]
+        assert isinstance(local, LocalStage)
+        return local
+
     def _loss(self, stage: int, micro_batch: int) -> None:
         if self._ended(micro_batch):
             return
@@ -259,7 +321,10 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if self.tracker is not None:
             self.tracker.begin(stage, micro_batch)
         result = self.stages[stage].loss_and_backward(micro_batch, inputs, labels, 1 / self.plan.k)
-        self._losses.append(result.loss)
+        if stage == self._top or not self.axes.window:
+            self._losses.append(result.loss)
+        if stage + 1 < self.placement.stages:
+            self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
         self._after_backward(stage, micro_batch, result.inputs, result.grads, result.loss)
 
     def _backward(self, stage: int, micro_batch: int) -> None:
@@ -269,16 +334,21 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if self.tracker is not None:
             self.tracker.begin(stage, micro_batch)
         inputs, input_grads = self.stages[stage].backward(micro_batch, outputs, grads)
-        if stage == self._top:
+        if stage == self._top and (not self.axes.window or stage < self.plan.ticks.first_loss):
             self._losses.append(loss)
         self._after_backward(stage, micro_batch, inputs, input_grads, loss)
 
     def _after_backward(self, stage: int, micro_batch: int, inputs: Tensors, grads: Any, loss: Tensor) -> None:
-        if stage > 0:
-            reconstruction = inputs if stage - 1 in self.plan.wants_output else None
-            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
+        reconstruction = inputs if stage - 1 in self.plan.wants_output else None
+        self._pass_gradient(stage, micro_batch, grads, loss, reconstruction)
         if self.stages[stage].deferred is None:
             self._gradients_complete(stage, micro_batch)
+
+    def _pass_gradient(self, stage: int, micro_batch: int, grads: Gradients | None, loss: Tensor,
+                       reconstruction: Tensors | None = None) -> None:
+        """Down to the stage below, if there is one and it heeds it."""
+        if stage > 0 and grads is not None:
+            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
 
     def _gradients_complete(self, stage: int, micro_batch: int) -> None:
         """The micro-batch's gradients are in ``.grad``."""
@@ -289,8 +359,14 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _update(self, stage: int, micro_batch: int) -> None:
         if self._ended(self._first_micro_batch + (micro_batch + 1) * self.plan.k - 1):
             return
-        self.stages[stage].weights.before_update()
+        local = self.stages[stage]
+        if isinstance(local, LocalStage) and local.stopped:
+            return
+        local.weights.before_update()
         self.stage_optimizers[stage].step()
+        limits = self.decoupled.stop_after
+        if limits is not None and limits[stage] is not None and self.stage_optimizers[stage].updates >= limits[stage]:
+            self._local(stage).stop()
 
     def _send_activation(self, stage: int, micro_batch: int) -> None:
         if not self._ended(micro_batch):
@@ -318,6 +394,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         ins.Load: _load,
         ins.Forward: _forward,
         ins.ForwardLossBackward: _loss,
+        ins.ForwardHead: _head,
+        ins.Relay: _relay,
         ins.Backward: _backward,
         ins.BackwardRecompute: _backward,
         ins.BackwardReconstruct: _backward,
@@ -391,6 +469,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         return load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
                                load_module_only)
 
+    def stage_metrics(self) -> list[dict[str, float]]:
+        """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global
+        gradient only the last stage has a loss, and the list is empty."""
+        local = {s: stage.take_metrics() for s, stage in self.stages.items() if isinstance(stage, LocalStage)}
+        found = {s: metrics for part in compat.gather_objects(local) for s, metrics in part.items()}
+        return [found[s] for s in sorted(found)]
+
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
         local = {
@@ -411,3 +496,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],
                 "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
                                            key=lambda row: (row["micro_batch"], row["stage"]))}
+
+
+def _check_local(decoupled: DecoupledConfig, stages: int) -> None:
+    """What can be checked only once J is known."""
+    window = decoupled.axes().window
+    if window > stages:
+        raise ConfigError(f"{BLOCK}.window", window, f"at most the number of stages, which is {stages}",
+                          "Take a smaller window or more stages.")
+    for name in ("stage_lr", "stop_after"):
+        value = getattr(decoupled, name)
+        if value is not None and len(value) != stages:
+            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages")
