@@ -26,9 +26,9 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.links import CODECS, Message
 from ds_decoupled.network import Network
 from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, restrict
-from ds_decoupled.schedules import Placement, Plan, Ticks
+from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
-from ds_decoupled.stages.heads import blank, describe, groups_with_heads, make_head, outputs_of, sample_of
+from ds_decoupled.stages.heads import build_heads, groups_with_heads
 from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
@@ -107,32 +107,12 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
         if self.axes.window:
-            self._build_heads(rank)
+            build_heads(self.stages, self.module, self.decoupled, self.placement, rank, self.train_micro_batch_size_per_gpu(),
+                        self.device)
 
     def _local_stage(self, index: int, *args: Any) -> LocalStage:
         return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
                           farthest=self.decoupled.losses == "farthest")
-
-    def _build_heads(self, rank: int) -> None:
-        """Pass a blank sample through all stages, rank by rank, and build heads from what the stages give."""
-        stages, last = self.placement.stages, self.placement.stages - 1
-        first_loss = Ticks.local(stages, self.axes.hops, self.axes.window, self.decoupled.losses == "farthest").first_loss
-        here: list[Tensors] = []
-        sample = sample_of(self.module, self.decoupled.input_shape, self.train_micro_batch_size_per_gpu())
-        passed = describe(sample), isinstance(sample, Tensor)
-        for turn in range(self.placement.ranks):
-            given = None
-            if turn == rank:
-                description, single = passed
-                here = outputs_of(self.stages.values(), blank(description, single, self.device))
-                given = describe(here[-1]), isinstance(here[-1], Tensor)
-            passed = next(value for value in compat.gather_objects(given) if value is not None)
-        (shape, _), *_ = passed[0]
-        for (index, stage), outputs in zip(self.stages.items(), here):
-            if isinstance(stage, LocalStage) and first_loss <= index < last:
-                like = next((p for p in stage.parameters if p.is_floating_point()), None)
-                stage.head = make_head(self.decoupled.head, outputs, shape[-1], getattr(self.module, "base_seed", 0), index, like,
-                                       self.device)
 
     # -- training --------------------------------------------------------------------------------------------------------
 
