@@ -94,6 +94,8 @@ class DecoupledConfig(BaseModel):
             evaluation mode.
         codec: how floating-point payloads travel between ranks.
         split_backward: send a gradient down before the weights' own gradients are computed.
+        lr_by_delay: updates over which the damping of late stages' learning rates fades (PipeMare's T1,
+            :mod:`ds_decoupled.optim.lr_by_delay`); 0 is no damping.
         track_gradients: compare the gradient used with the exact one every so many micro-batches; 0 is never.
         timeout: seconds that a rank waits for a message before it gives up.
     """
@@ -118,6 +120,7 @@ class DecoupledConfig(BaseModel):
     stop_after: list[int | None] | None = None
     codec: str = "none"
     split_backward: bool = False
+    lr_by_delay: int = 0
     track_gradients: int = 0
     timeout: float = Field(default=600.0)
 
@@ -208,6 +211,12 @@ def _check(config: DecoupledConfig) -> None:
         raise ConfigError(f"{BLOCK}.hops", list(config.hops), "two whole numbers [a, b] with a >= 0 and b >= 1: ticks "
                           "from stage to stage, forward and backward",
                           "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
+    if config.lr_by_delay < 0:
+        raise ConfigError(f"{BLOCK}.lr_by_delay", config.lr_by_delay, "0 (off) or the updates over which the damping fades",
+                          "For example a quarter of all updates, or leave the setting out.")
+    if config.lr_by_delay and config.axes().flush:
+        raise ConfigError(f"{BLOCK}.lr_by_delay", config.lr_by_delay, 'with "update": "flush" no gradient comes late',
+                          'Leave "lr_by_delay" out, or take a method with a delayed update.')
     if config.track_gradients < 0:
         raise ConfigError(f"{BLOCK}.track_gradients", config.track_gradients,
                           "0 (never) or every so many micro-batches", "For example 100, or leave the setting out.")

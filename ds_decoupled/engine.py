@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ds_decoupled.config import BLOCK, DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.links import CODECS, Message
 from ds_decoupled.network import Network
-from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, restrict
+from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.heads import build_heads, groups_with_heads
@@ -88,7 +89,12 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             own = groups_with_heads(restrict(parameters, stage.trainable), head)
             client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
             optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
-            self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic)
+            self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic,
+                                                          partial(self._lr_divisor, index))
+
+    def _lr_divisor(self, stage: int, updates: int) -> float:
+        """What a stage's rate is divided by; its delay in updates changes with k."""
+        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay)
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""

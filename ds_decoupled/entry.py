@@ -13,6 +13,7 @@ from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block, read_json
 from ds_decoupled.engine import DecoupledPipelineEngine
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.module import placement_of
+from ds_decoupled.optim import client_from_json
 
 
 def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
@@ -24,6 +25,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     Without a ``decoupled`` block in the configuration it is exactly that. With one, ``model`` must be a
     :class:`~ds_decoupled.DecoupledPipelineModule` or a plain ``PipelineModule``, and the engine is a
     :class:`~ds_decoupled.DecoupledPipelineEngine`; but ``"method": "backprop"`` is 1F1B and is left to DeepSpeed's own engine.
+    The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`).
 
     Raises:
         ConfigError: for settings that cannot work, on every rank.
@@ -40,6 +42,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
         raise ConfigError("model", type(model).__name__, f'with a "{BLOCK}" block the model must be a pipeline',
                           "Make a ds_decoupled.DecoupledPipelineModule of its layers.")
     _check_batch(read_json(source), model.mpu().get_data_parallel_world_size())
+    if optimizer is None:
+        call = partial(call, optimizer=client_from_json(read_json(source)))
     if block.is_plain_backprop:
         compat.clip_over_all_stages(model)
         return call()
@@ -65,10 +69,11 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
     tied = compat.tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "
-                          "stages step at different times", 'Untie them, or take "update": "flush".')
+                          "stages step at different times", "Untie them (from_hugging_face(..., untie_embeddings=True)), or "
+                          'take "method": "backprop".')
     if tied and axes.flush:
         raise ConfigError(f"{BLOCK}.method", block.method, f"tied layers ({', '.join(map(repr, tied))}) need DeepSpeed's own "
-                          "engine", 'Take "method": "backprop", or untie them.')
+                          "engine", 'Take "method": "backprop", or untie them (from_hugging_face(..., untie_embeddings=True)).')
 
 
 def _check_batch(config: dict[str, Any], replicas: int) -> None:

@@ -158,10 +158,10 @@ class Network:
         assert message is not None
         self.gradients[stage].send(message)
 
-    def flush(self) -> None:
-        """Wait until all that was sent has been taken."""
-        for pair in self._up.values():
-            if pair.sender is not None:
+    def flush(self, *directions: str) -> None:
+        """Wait until all that was sent (in these directions) has been taken."""
+        for name, pair in self._up.items():
+            if pair.sender is not None and name in (directions or self._up):
                 pair.sender.flush(self.timeout)
 
     def pass_on_end(self, micro_batch: int) -> None:

@@ -19,7 +19,7 @@ def train(case: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     deepspeed.init_distributed()
     torch.manual_seed(17 + torch.distributed.get_rank())  # nothing may depend on it
     peft_config = None
-    if case.get("lora"):
+    if "lora" in case:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, lora_alpha=8, **case["lora"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import engine_cases
@@ -16,7 +17,8 @@ from ds_decoupled.config import parse_block
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
 
 
-def compare(case: dict[str, Any], world: int = 1) -> None:
+def compare(case: dict[str, Any], world: int = 1, prepare: Callable[[Oracle], object] = lambda oracle: None) -> None:
+    """Train both; ``prepare`` may change the oracle before it begins."""
     results = worlds.run(world, engine_cases.train, case)
     initial, state = (engine_cases.merged(results, key) for key in ("initial", "state"))
     block = parse_block(engine_cases.config_of(case))
@@ -25,6 +27,7 @@ def compare(case: dict[str, Any], world: int = 1) -> None:
     oracle = Oracle(engine_cases.stages_from(initial, case, results[0]["summary"]["stage_layers"]), recover=axes.recover,
                     weights=axes.weights, flush=axes.flush, hops=axes.hops, k=case.get("k", 1), lr=case.get("lr", 0.1),
                     clip=case.get("clip", 0.0), decay=case.get("decay", 1.0))
+    prepare(oracle)
     torch.manual_seed(0)
     oracle.train(batches_for(case.get("net", ""), case["batches"], case.get("size", 4)))
     expected = engine_cases.merged([{"replica": 0, "state": {

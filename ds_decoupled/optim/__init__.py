@@ -1,5 +1,7 @@
 """Stepping stage by stage."""
 
+from ds_decoupled.optim.by_name import client_from_json
+from ds_decoupled.optim.lr_by_delay import lr_divisor
 from ds_decoupled.optim.stage_optimizer import StageOptimizer, StageOptimizers, client_for_stage, restrict
 
-__all__ = ["StageOptimizer", "StageOptimizers", "client_for_stage", "restrict"]
+__all__ = ["StageOptimizer", "StageOptimizers", "client_for_stage", "client_from_json", "lr_divisor", "restrict"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_decoupled import compat
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.optim.lr_by_delay import divided_lr
 
 
 class StageOptimizer:
@@ -19,14 +20,17 @@ class StageOptimizer:
         engine: whose settings (clipping, data parallelism) apply.
         parameters: the stage's trainable parameters.
         optimizer: DeepSpeed's wrapped optimizer; None where the stage has nothing to train.
+        basic_optimizer: the one inside, whose groups hold the rates.
+        lr_divisor: what the scheduled rate is divided by, from the number of updates made so far.
     """
 
     def __init__(self, engine: compat.PipelineEngineBase, parameters: list[nn.Parameter], optimizer: Any,
-                 basic_optimizer: Any) -> None:
+                 basic_optimizer: Any, lr_divisor: Callable[[int], float]) -> None:
         self.engine = engine
         self.parameters = parameters
         self.optimizer = optimizer
         self.basic_optimizer = basic_optimizer
+        self.lr_divisor = lr_divisor
         self.lr_scheduler: Any = None
         self.updates = 0
         self.grad_norm: float | None = None
@@ -38,10 +42,12 @@ class StageOptimizer:
 
     def step(self) -> None:
         """Average over replicas, clip by the stage's own norm, step, clear; the LR scheduler counts this stage's updates."""
+        divisor = self.lr_divisor(self.updates)
         self.updates += 1
         if self.optimizer is None:
             return
-        self.grad_norm = compat.reduce_and_step(self.engine, self.optimizer, self.parameters)
+        with divided_lr(self.basic_optimizer.param_groups, divisor):
+            self.grad_norm = compat.reduce_and_step(self.engine, self.optimizer, self.parameters)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
 

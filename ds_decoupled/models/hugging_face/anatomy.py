@@ -29,6 +29,7 @@ class Anatomy:
         width: features of a hidden state.
         input_weight, output_weight: parameter names of the token embedding and of the unembedding.
         tied: whether both are one tensor in the original.
+        tuples: whether a decoder layer gives its hidden state in a tuple.
     """
 
     layers: str
@@ -39,6 +40,7 @@ class Anatomy:
     input_weight: str
     output_weight: str
     tied: bool
+    tuples: bool
 
 
 class Stub(nn.Module):
@@ -57,9 +59,9 @@ class Stub(nn.Module):
 class _Recorder(Stub):
     """Tells when it is called, and answers with zeros of the shape that the part would give."""
 
-    def __init__(self, original: nn.Module, path: str, calls: list[str]) -> None:
+    def __init__(self, original: nn.Module, path: str, calls: list[str], tuples: bool = False) -> None:
         super().__init__(original)
-        self.__dict__.update(path=path, calls=calls)
+        self.__dict__.update(path=path, calls=calls, tuples=tuples)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__["calls"].append(self.__dict__["path"])
@@ -69,7 +71,7 @@ class _Recorder(Stub):
             return torch.zeros(*x.shape, original.embedding_dim)
         if isinstance(original, nn.Linear):
             return torch.zeros(*x.shape[:-1], original.out_features)
-        return x
+        return (x,) if self.__dict__["tuples"] else x
 
 
 @lru_cache(maxsize=4)
@@ -124,19 +126,26 @@ def dissect(model_class: Any, config: Any) -> Anatomy:
     if not lists:
         raise _unfit(model, "decoder layers", f"there is no list of num_hidden_layers = {count} layers")
     layers = min(lists, key=lambda path: path.count("."))
-    before, after = _before_and_after(model, layers)
+    try:
+        (before, after), tuples = _before_and_after(model, layers, tuples=False), False
+    except ConfigError as error:
+        try:
+            (before, after), tuples = _before_and_after(model, layers, tuples=True), True
+        except ConfigError:
+            raise error from None
     names = {id(part): path for path, part in model.named_modules()}
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
     for part, what in ((embedding, "token embedding"), (unembedding, "unembedding")):
         if part is None or id(part) not in names:
             raise _unfit(model, what, "the model does not tell where it is")
     found = Anatomy(layers, count, before, after, config.get_text_config().hidden_size, f"{names[id(embedding)]}.weight",
-                    f"{names[id(unembedding)]}.weight", bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
+                    f"{names[id(unembedding)]}.weight", bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+                    tuples)
     _all_covered(model, found)
     return found
 
 
-def _before_and_after(model: nn.Module, layers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _before_and_after(model: nn.Module, layers: str, tuples: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     run = copy.deepcopy(model)
     calls: list[str] = []
     for path in outside(model, layers):
@@ -144,7 +153,7 @@ def _before_and_after(model: nn.Module, layers: str) -> tuple[tuple[str, ...], t
     blocks = run.get_submodule(layers)
     assert isinstance(blocks, nn.ModuleList)
     for i in range(len(blocks)):
-        blocks[i] = _Recorder(blocks[i], layers, calls)
+        blocks[i] = _Recorder(blocks[i], layers, calls, tuples)
     try:
         with torch.no_grad():
             run(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)

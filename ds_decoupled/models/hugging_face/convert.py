@@ -47,7 +47,7 @@ def from_hugging_face(model_or_path: Any, *, untie_embeddings: bool = False, pef
     conversion = Conversion(model_class, config, anatomy, source_of(aliases), untie_embeddings and anatomy.tied, peft_config)
     ends: list[LayerSpec]
     if tie:
-        attribute = f"embedding.root.{anatomy.input_weight}"
+        attribute = f"embedding.embedding.{anatomy.input_weight}"
         ends = [TiedLayerSpec(TIED_KEY, TiedEnds, conversion, tied_weight_attr=attribute),
                 TiedLayerSpec(TIED_KEY, TiedEnds, conversion, forward_fn=tied_head, tied_weight_attr=attribute)]
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_decoupled.compat import gather_objects
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models.hugging_face.adapters import adapters, merged
-from ds_decoupled.models.hugging_face.parts import HeadPart, Part
+from ds_decoupled.models.hugging_face.parts import EmbeddingPart, HeadPart, Part
 from ds_decoupled.models.hugging_face.weights import INDEX, SINGLE
 
 
@@ -34,7 +34,9 @@ def to_hugging_face(engine: Any, path: str | Path, *, merge_adapters: bool = Tru
         OSError: if any rank could not write, on every rank.
     """
     folder = Path(path)
-    parts = [part for part in engine.module.modules() if isinstance(part, Part)]
+    # Of a tied pair every rank that holds one end has built both.
+    unused = tuple(kind for kind, used in ((EmbeddingPart, engine.is_first_stage()), (HeadPart, engine.is_last_stage())) if not used)
+    parts = [part for part in engine.module.modules() if isinstance(part, Part) and not isinstance(part, unused)]
     if not all(gather_objects(bool(parts))):
         raise ConfigError("model", type(engine.module).__name__, "its layers are not those of from_hugging_face()")
     conversion = parts[0].conversion

@@ -51,17 +51,16 @@ class _Through(Stub):
 class _Entrance(Stub):
     """In place of all decoder layers: the hidden state comes in here."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden: Tensor = self.__dict__["hidden"]
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["hidden"]
 
 
 class _Listener(Stub):
     """In place of one decoder layer: notes what it is given beside the hidden state."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.__dict__["heard"] = (args, kwargs)
-        return hidden
+        return (hidden,) if self.__dict__["tuples"] else hidden
 
 
 def _shell(model_class: Any, config: Any, anatomy: Anatomy, keep: tuple[str, ...], layers: list[type[Stub]]) -> Any:
@@ -92,19 +91,19 @@ class Part(nn.Module):
     """What all three have in common.
 
     Attributes:
-        root: a tree of modules in which every weight has its original name.
         conversion: how the model was cut.
     """
 
-    root: nn.Module
+    conversion: Conversion
 
     def __init__(self, conversion: Conversion) -> None:
         super().__init__()
         self.conversion = conversion
 
-    def fill(self) -> None:
-        """Take memory for the weights and load them, float32; add adapters."""
-        self.conversion.fill(self.root)
+    @property
+    def root(self) -> nn.Module:
+        """A tree of modules in which every weight has its original name; its own name tells DeepSpeed's Muon what it is."""
+        raise NotImplementedError
 
 
 class EmbeddingPart(Part):
@@ -112,13 +111,17 @@ class EmbeddingPart(Part):
 
     def __init__(self, conversion: Conversion) -> None:
         super().__init__(conversion)
-        self.root = _shell(*conversion.model, conversion.anatomy.before, [_Exit])
-        self.fill()
+        self.embedding = _shell(*conversion.model, conversion.anatomy.before, [_Exit])
+        conversion.fill(self.embedding)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.embedding
 
     def forward(self, inputs: Hidden) -> Hidden:
         ids, beside, named = _given(inputs)
         try:
-            self.root(input_ids=ids, use_cache=False, **named)
+            self.embedding(input_ids=ids, use_cache=False, **named)
         except _Reached as reached:
             return _beside(reached.hidden, beside)
         raise RuntimeError("the forward pass never came to a decoder layer")
@@ -134,6 +137,8 @@ class _Surroundings:
     def __init__(self, model_class: Any, config: Any, anatomy: Anatomy) -> None:
         self.shell = _shell(model_class, config, anatomy, (), [_Listener] * anatomy.count)
         self.layers = list(self.shell.get_submodule(anatomy.layers))
+        for layer in self.layers:
+            layer.__dict__["tuples"] = anatomy.tuples
         self.width = anatomy.width
         self.device = torch.device("cpu")
         self.by_shape: OrderedDict[Any, list[Any]] = OrderedDict()
@@ -163,7 +168,7 @@ class _Surroundings:
 
 @lru_cache(maxsize=4)
 def _surroundings(conversion: Conversion) -> _Surroundings:
-    return _Surroundings(*conversion.model, conversion.anatomy)
+    return _Surroundings(*conversion.model)
 
 
 class DecoderPart(Part):
@@ -174,19 +179,22 @@ class DecoderPart(Part):
         self.index = index
         path = f"{conversion.anatomy.layers}.{index}"
         layer = copy.deepcopy(skeleton(*conversion.model[:2]).get_submodule(path))
-        self.root = nn.Module()
-        level = self.root
+        self.layer = level = nn.Module()
         for name in path.split(".")[:-1]:
             level.add_module(name, nn.Module())
             level = level.get_submodule(name)
         level.add_module(str(index), layer)
         self.path = path
-        self.fill()
+        conversion.fill(self.layer)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.layer
 
     def forward(self, inputs: Hidden) -> Hidden:
         hidden, beside, named = _given(inputs)
         args, kwargs = _surroundings(self.conversion).of(self.index, hidden, named)
-        outputs = self.root.get_submodule(self.path)(hidden, *args, **kwargs)
+        outputs = self.layer.get_submodule(self.path)(hidden, *args, **kwargs)
         return _beside(outputs[0] if isinstance(outputs, tuple) else outputs, beside)
 
 
@@ -195,16 +203,20 @@ class HeadPart(Part):
 
     def __init__(self, conversion: Conversion) -> None:
         super().__init__(conversion)
-        self.root = _shell(*conversion.model, conversion.anatomy.after, [_Entrance])
-        self.fill()
+        self.unembedding = _shell(*conversion.model, conversion.anatomy.after, [_Entrance])
+        conversion.fill(self.unembedding)
+
+    @property
+    def root(self) -> nn.Module:
+        return self.unembedding
 
     def forward(self, inputs: Hidden) -> Tensor:
         hidden, _, _ = _given(inputs)
-        entrance = self.root.get_submodule(f"{self.conversion.anatomy.layers}.0")
-        entrance.__dict__["hidden"] = hidden
+        entrance = self.unembedding.get_submodule(f"{self.conversion.anatomy.layers}.0")
+        entrance.__dict__["hidden"] = (hidden,) if self.conversion.anatomy.tuples else hidden
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
         try:
-            logits: Tensor = self.root(inputs_embeds=nothing, use_cache=False).logits
+            logits: Tensor = self.unembedding(inputs_embeds=nothing, use_cache=False).logits
         finally:
             del entrance.__dict__["hidden"]
         return logits
