@@ -94,7 +94,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def _lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
-        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay)
+        factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
+        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""

@@ -53,14 +53,16 @@ class LocalOracle:
                 made[m, s] = (leaves, y)
                 if s in wanted:
                     self._own_loss(m, s, y, data[m][1], at_output, head_grads)
+                    self._pass_down(m, s, s, made, at_output)
+                    if s == self.losses_of(s)[-1]:
+                        self._learn(m, s, made, at_output, head_grads)
             for s in range(J):
-                for distance in range(self.window):
+                for distance in range(1, self.window):
                     loss = s + distance
                     m = tick - a * loss - b * distance
                     if loss >= J or not 0 <= m < len(data) or loss not in wanted:
                         continue
-                    if distance:
-                        self._relay(m, loss, s, made, at_output)
+                    self._pass_down(m, loss, s, made, at_output)
                     if loss == self.losses_of(s)[-1]:
                         self._learn(m, s, made, at_output, head_grads)
 
@@ -77,11 +79,12 @@ class LocalOracle:
             at_output[m, s, s], head_grads[m, s] = found[:len(_tuple(ends))], list(found[len(_tuple(ends)):])
         self.losses[m, s] = loss.item()
 
-    def _relay(self, m: int, loss: int, s: int, made: Any, at_output: Any) -> None:
-        """One hop: from the output of stage s + 1 to its input, which is the output of stage s."""
-        leaves, y = made[m, s + 1]
-        at_output[m, loss, s] = torch.autograd.grad(list(_tuple(y)), list(_tuple(leaves)), list(at_output[m, loss, s + 1]),
-                                                    retain_graph=True)
+    def _pass_down(self, m: int, loss: int, s: int, made: Any, at_output: Any) -> None:
+        """A loss has reached stage s: from its output to its input, which is the output of the stage below."""
+        if s > 0 and loss - (s - 1) < self.window:
+            leaves, y = made[m, s]
+            at_output[m, loss, s - 1] = torch.autograd.grad(list(_tuple(y)), list(_tuple(leaves)), list(at_output[m, loss, s]),
+                                                            retain_graph=True)
 
     def _learn(self, m: int, s: int, made: Any, at_output: Any, head_grads: Any) -> None:
         _, y = made[m, s]

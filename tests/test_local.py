@@ -80,14 +80,13 @@ def test_farthest_of_all_is_backpropagation() -> None:
 
 
 def test_no_gradient_crosses_a_window() -> None:
-    """With a window of n, changing what happens at stage s + n leaves stage s as it is."""
-    for window in (1, 2):
-        case = case_of(CNN, window)
+    """With a window of n, another head at stage 4 moves the first update of stages 4 - (n - 1) to 4, and of no other."""
+    for window in (1, 2, 3):
+        case = case_of({**CNN, "batches": 1}, window)
         plain = engine_cases.merged(worlds.run(1, engine_cases.train, case))
         other = engine_cases.merged(worlds.run(1, engine_cases.train, {**case, "spoil": 4}))  # the head of stage 4
         changed = {int(name.split(".")[0]) for name in plain if not torch.equal(plain[name], other[name])}
-        first = min(changed)
-        assert first == 4 - (window - 1)
+        assert changed == set(range(4 - (window - 1), 5))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -108,6 +107,17 @@ def test_a_stage_stops() -> None:
     assert all(torch.equal(one[name], stopped[name]) for name in one)
     assert all(torch.equal(stopped[name], early[name]) for name in early if name.startswith("0."))
     assert any(not torch.equal(stopped[name], early[name]) for name in early if name.startswith("1."))
+
+
+def test_a_stage_has_its_own_rate() -> None:
+    """Half the rate of one stage is half its first step, and leaves the others alone."""
+    case = {**case_of(CNN, 1), "batches": 1}
+    plain = worlds.run(1, engine_cases.train, case)[0]
+    other = worlds.run(1, engine_cases.train, {**case, "block": {**case["block"], "stage_lr": [1, 1, 0.5, 1, 1, 1, 1]}})[0]
+    for name, start in plain["initial"].items():
+        a, b = plain["state"][name] - start, other["state"][name] - start
+        if start.is_floating_point() and "running" not in name:
+            torch.testing.assert_close(b, a * (0.5 if name.startswith("2.") else 1.0), rtol=1e-4, atol=1e-6)
 
 
 def test_metrics_and_evaluation() -> None:
