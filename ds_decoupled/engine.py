@@ -351,8 +351,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             return
         local.weights.before_update()
         self.stage_optimizers[stage].step()
-        limits = self.decoupled.stop_after
-        if limits is not None and limits[stage] is not None and self.stage_optimizers[stage].updates >= limits[stage]:
+        limit = self.decoupled.stop_after[stage] if self.decoupled.stop_after is not None else None
+        if limit is not None and self.stage_optimizers[stage].updates >= limit:
             self._local(stage).stop()
 
     def _send_activation(self, stage: int, micro_batch: int) -> None:

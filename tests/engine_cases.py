@@ -145,7 +145,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_against_weights(case: dict[str, Any]) -> dict[str, Any]:
-    """What stages keep between ticks, compared with every weight: by storage, and by value with the weights as they ever were."""
+    """What stages keep between ticks, compared with every weight: by storage, and by value with all its versions."""
     engine = build(case)
     data = data_of(case, engine)
     versions: set[bytes] = set()

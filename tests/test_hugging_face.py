@@ -92,7 +92,7 @@ def test_logits_and_gradients(family: str) -> None:
         assert both is not None and other is not None
         grads[anatomy.input_weight] = both + other
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, own[name].grad, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(grad, own[name].grad, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "opt", "bloom"])

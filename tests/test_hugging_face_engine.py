@@ -53,7 +53,8 @@ def test_attention_mask_travels(tmp_path: Path) -> None:
     small_model("mistral").save_pretrained(tmp_path / "source")
     results = train({"method": "dsp", "mask": True}, 3, tmp_path / "source", tmp_path / "target")
     mask = results[-1]["batch"][0][1].bool()
-    torch.testing.assert_close(logits_of(tmp_path / "target", results[-1])[mask], results[-1]["logits"][mask], rtol=1e-5, atol=1e-5)
+    logits = logits_of(tmp_path / "target", results[-1])
+    torch.testing.assert_close(logits[mask], results[-1]["logits"][mask], rtol=1e-5, atol=1e-5)
 
 
 def test_tied_embeddings_stay_tied_under_a_flush(tmp_path: Path) -> None:

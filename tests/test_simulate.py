@@ -267,7 +267,8 @@ def test_lists_for_other_ranks() -> None:
 def test_windows(stages: int, ranks: int, window: int, farthest: bool, hops: tuple[int, int]) -> None:
     """No deadlock, nothing left over; delays are (a+b) min(n-1, J-1-s), and at most n-1 gradients go down a link."""
     ranks, window = min(ranks, stages), min(window, stages)
-    plan = Plan.make(Placement.of(stages, ranks), hops=hops, k=1, recover="graph", flush=False, window=window, farthest=farthest)
+    plan = Plan.make(Placement.of(stages, ranks), hops=hops, k=1, recover="graph", flush=False, window=window,
+                     farthest=farthest)
     run = simulate(plan, 12)
     assert run.delays == tuple(sum(hops) * min(window - 1, stages - 1 - s) for s in range(stages))
     assert run.delays == tuple(plan.ticks.delay(s) for s in range(stages))

@@ -311,11 +311,10 @@ class _Run:
             self._backward(r, tick, action)
             if (s, m) in self.split:
                 rank.put_off.add((s, m))
-        if _goes_back(kind) or kind in (Kind.HEAD, Kind.RELAY):
-            # The first ones go down: a window's last loss is beyond the window of the stage below.
-            if self.wanted[s - 1, m] > 0:
-                self.wanted[s - 1, m] -= 1
-                rank.gradients[s - 1, m] += 1
+        # The first ones go down: a window's last loss is beyond the window of the stage below.
+        if (_goes_back(kind) or kind in (Kind.HEAD, Kind.RELAY)) and self.wanted[s - 1, m] > 0:
+            self.wanted[s - 1, m] -= 1
+            rank.gradients[s - 1, m] += 1
         self.events[r].append(Event(r, tick, action, start, rank.clock))
 
     def _forward(self, r: int, tick: int, action: Action) -> None:

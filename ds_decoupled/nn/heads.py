@@ -84,7 +84,7 @@ def linear(shape: torch.Size, outputs: int) -> nn.Module:
 def language_model(shape: torch.Size, outputs: int) -> nn.Module:
     """RMSNorm and an unembedding; ``(N, T, width)`` to ``(N, T, outputs)``."""
     if len(shape) != 3:
-        raise ConfigError("decoupled.head", "lm", f"this head takes hidden states (N, T, width); the stage gives {tuple(shape)}",
+        raise ConfigError("decoupled.head", "lm", f"it takes hidden states (N, T, width), the stage gives {tuple(shape)}",
                           "Take 'mlp-sr' for images, or a head of your own ('module:callable').")
     unembedding = nn.Linear(shape[2], outputs, bias=False)
     nn.init.normal_(unembedding.weight, std=0.02)

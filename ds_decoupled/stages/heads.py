@@ -111,8 +111,8 @@ def _copy_of(layer: Any) -> nn.Module:
         return built
     if isinstance(layer, nn.Module) and next(layer.parameters(), None) is not None:
         return copy.deepcopy(layer)
-    raise ConfigError("decoupled.head", LAST_LAYER, f"the model's last layer, {layer!r:.60}, has no weights of its own to begin "
-                      "with", "Untie it, or take another head.")
+    raise ConfigError("decoupled.head", LAST_LAYER, f"the model's last layer, {layer!r:.60}, has no weights of its own",
+                      "Untie it, or take another head.")
 
 
 def build_heads(stages: Mapping[int, Stage], module: Any, config: DecoupledConfig, placement: Placement, rank: int,
@@ -138,7 +138,7 @@ def build_heads(stages: Mapping[int, Stage], module: Any, config: DecoupledConfi
                 given = f"a blank sample of shape {[tuple(shape) for shape, _ in description]} does not pass: {error}"
         passed = next(value for value in gather_objects(given) if value is not None)
         if isinstance(passed, str):
-            raise ConfigError("decoupled.input_shape", config.input_shape, passed, "Is it the shape of one input of this model?")
+            raise ConfigError("decoupled.input_shape", config.input_shape, passed, "Is it the shape of one of its inputs?")
     outputs = passed[0][0][0][-1]
     failure: ConfigError | None = None
     try:

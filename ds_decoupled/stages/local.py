@@ -82,7 +82,7 @@ class LocalStage(Stage):
         outputs = self.forward(micro_batch, inputs)
         loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels, scale)
         passed_on = self._graph.relay(micro_batch, grads) if self.index > 0 else None
-        kept = [None] * len(grads) if self.farthest else list(grads)
+        kept: list[Tensor | None] = [None] * len(grads) if self.farthest else list(grads)
         self._waiting[micro_batch] = _Waiting(kept, head_grads)
         return LossResult(loss, inputs, passed_on, outputs)
 
@@ -147,7 +147,8 @@ class LocalStage(Stage):
         parameters = self.head_parameters
         found = torch.autograd.grad(loss * scale if scale != 1 else loss, [*wanted, *parameters], allow_unused=True)
         by_end = iter(found[:len(wanted)])
-        return loss.detach(), tuple(next(by_end) if t.requires_grad else None for t in as_tuple(ends)), list(found[len(wanted):])
+        at_ends = tuple(next(by_end) if t.requires_grad else None for t in as_tuple(ends))
+        return loss.detach(), at_ends, list(found[len(wanted):])
 
     def _collect(self, micro_batch: int, grads: Gradients) -> None:
         if micro_batch not in self._waiting:  # its own loss is heeded by nobody

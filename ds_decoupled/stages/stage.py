@@ -118,7 +118,7 @@ class Stage:
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
         return x
 
-    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:
+    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients | None]:
         """Add the parameters' gradients to ``.grad``; return the input (kept or rebuilt) and the gradients that reach it."""
         self.in_flight.remove(micro_batch)
         tensors = outputs

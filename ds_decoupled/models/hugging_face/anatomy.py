@@ -98,7 +98,8 @@ class _ConfigHolder:
 
 def skeleton(model_class: Any, config: Any) -> Any:
     """The model without weights (parameters on the meta device, buffers real), in float32; not to be changed."""
-    return _skeleton(model_class, f"{config._attn_implementation}{config.to_json_string(use_diff=False)}", _ConfigHolder(config))
+    key = f"{config._attn_implementation}{config.to_json_string(use_diff=False)}"
+    return _skeleton(model_class, key, _ConfigHolder(config))
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -123,7 +124,7 @@ def dissect(model_class: Any, config: Any) -> Anatomy:
         raise _unfit(model, "encoder", "a model with an encoder and a decoder is no chain of layers")
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [path for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not lists:
+    if not lists or count is None:
         raise _unfit(model, "decoder layers", f"there is no list of num_hidden_layers = {count} layers")
     layers = min(lists, key=lambda path: path.count("."))
     try:

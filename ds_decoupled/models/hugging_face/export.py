@@ -35,7 +35,8 @@ def to_hugging_face(engine: Any, path: str | Path, *, merge_adapters: bool = Tru
     """
     folder = Path(path)
     # Of a tied pair every rank that holds one end has built both.
-    unused = tuple(kind for kind, used in ((EmbeddingPart, engine.is_first_stage()), (HeadPart, engine.is_last_stage())) if not used)
+    ends = ((EmbeddingPart, engine.is_first_stage()), (HeadPart, engine.is_last_stage()))
+    unused = tuple(kind for kind, used in ends if not used)
     parts = [part for part in engine.module.modules() if isinstance(part, Part) and not isinstance(part, unused)]
     if not all(gather_objects(bool(parts))):
         raise ConfigError("model", type(engine.module).__name__, "its layers are not those of from_hugging_face()")
