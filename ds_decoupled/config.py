@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_decoupled.errors import ConfigError
 
-Gradient = Literal["global"]
+Gradient = Literal["global", "local"]
 Recover = Literal["graph", "input", "reconstruct"]
 Weights = Literal["current", "stashed"]
 Update = Literal["flush", "delayed"]
@@ -31,7 +31,8 @@ BLOCK = "decoupled"
 class Axes:
     """One method: where gradients come from, what the backward pass finds, and when a stage steps (design: the axes).
 
-    ``hops = (a, b)``: ticks that a message takes from stage to stage, forward and backward.
+    ``hops = (a, b)``: ticks that a message takes from stage to stage, forward and backward. ``window``: stages whose losses
+    reach a stage, its own among them; 0 with a global gradient.
     """
 
     gradient: Gradient
@@ -40,6 +41,7 @@ class Axes:
     update: Update
     input: Input
     hops: tuple[int, int]
+    window: int = 0
 
     @property
     def flush(self) -> bool:
@@ -56,6 +58,8 @@ PRESETS: dict[str, Axes] = {
     "delayed": Axes("global", "graph", "current", "delayed", "stream", (0, 1)),
     "dsp": Axes("global", "input", "current", "delayed", "stream", (1, 1)),
     "petra": Axes("global", "reconstruct", "current", "delayed", "stream", (1, 1)),
+    "dgl": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=1),
+    "overlapping": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=2),
 }
 
 AXES: dict[str, tuple[str, ...]] = {
@@ -97,6 +101,16 @@ class DecoupledConfig(BaseModel):
             ``"profile"`` (measured time), or the layer indices at which ranks begin and the last one ends.
         hops: ticks that a message takes from stage to stage, forward and backward.
         gradient, recover, weights, update, input: override one axis of the preset.
+        window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
+        losses: which of the window's losses a stage learns from: their ``"sum"`` or the ``"farthest"`` alone.
+        head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS` or ``"module:callable"``; by
+            default ``"lm"`` where stages give ``(N, T, width)``, else ``"mlp-sr"``.
+        input_shape: of one sample, so that heads can be built where the module has no ``sample_input``; token ids have one
+            dimension.
+        queue: micro-batches that a stage may run ahead of the next where nothing comes back from it.
+        stage_lr: the learning rate of each stage, as a factor (one per stage).
+        stop_after: updates after which each stage stops learning (one per stage; null: never). It goes on forwarding in
+            evaluation mode.
         codec: how floating-point payloads travel between ranks.
         split_backward: send a gradient down before the weights' own gradients are computed.
         compile: ``torch.compile`` the layers: true, or an object of :class:`CompileSettings`' attributes.
@@ -117,6 +131,13 @@ class DecoupledConfig(BaseModel):
     weights: str | None = None
     update: str | None = None
     input: str | None = None
+    window: int | None = None
+    losses: str = "sum"
+    head: str | None = None
+    input_shape: list[int] | None = None
+    queue: int = 8
+    stage_lr: list[float] | None = None
+    stop_after: list[int | None] | None = None
     codec: str = "none"
     split_backward: bool = False
     compile: bool | dict[str, Any] = False
@@ -136,11 +157,34 @@ class DecoupledConfig(BaseModel):
             axes = replace(axes, hops=(self.hops[0], self.hops[1]))
         elif axes.flush:
             axes = replace(axes, hops=FLUSH_HOPS)
+        return replace(axes, window=self._window(axes)) if axes.gradient == "local" else self._without_window(axes)
+
+    def _without_window(self, axes: Axes) -> Axes:
+        for name, default in (("window", None), ("losses", "sum"), ("head", None), ("stop_after", None)):
+            if getattr(self, name) != default:
+                raise ConfigError(f"{BLOCK}.{name}", getattr(self, name), "it belongs to stage-local losses",
+                                  'Take "method": "dgl" or "overlapping", or leave it out.')
         if axes.flush and axes.weights == "stashed":
             raise ConfigError(f"{BLOCK}.weights", "stashed",
                               'with "update": "flush" the weights are the same in the forward and the backward pass',
                               'Take "weights": "current", or "update": "delayed".')
-        return axes
+        return replace(axes, window=0)
+
+    def _window(self, axes: Axes) -> int:
+        """The window of a local method, after a look at what it excludes."""
+        window = axes.window or 1
+        if self.window is not None:
+            window = self.window
+        if window < 1:
+            raise ConfigError(f"{BLOCK}.window", window, "a number of stages, at least 1", "1 is greedy, 2 is overlapping.")
+        if axes.flush:
+            raise ConfigError(f"{BLOCK}.update", "flush", "stages with a loss of their own wait for no flush",
+                              'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.')
+        for name, value, only in (("recover", axes.recover, "graph"), ("split_backward", self.split_backward, False)):
+            if value != only:
+                raise ConfigError(f"{BLOCK}.{name}", value, "with local losses a stage goes back through its graph at once",
+                                  f'Leave "{name}" out.')
+        return window
 
     def compile_settings(self) -> CompileSettings | None:
         """How layers are compiled; None where they are not."""
@@ -175,6 +219,9 @@ def _check(config: DecoupledConfig) -> None:
         if value is not None:
             _choice(f"{BLOCK}.{name}", value, allowed)
     _choice(f"{BLOCK}.codec", config.codec, get_args(Codec))
+    _choice(f"{BLOCK}.losses", config.losses, ("sum", "farthest"))
+    if config.queue < 1:
+        raise ConfigError(f"{BLOCK}.queue", config.queue, "a number of micro-batches, at least 1")
     if isinstance(config.stages, str):
         _choice(f"{BLOCK}.stages", config.stages, ("ranks", "blocks"))
     elif isinstance(config.stages, int):

@@ -22,14 +22,16 @@ from torch import Tensor
 from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.config import BLOCK, DecoupledConfig
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.links import CODECS, Message
 from ds_decoupled.network import Network
 from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
 from ds_decoupled.schedules import Placement, Plan
-from ds_decoupled.stages import LayerSeeds, Stage, check_reconstruct
+from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.tensors import Tensors, to_device
+from ds_decoupled.stages.heads import build_heads, groups_with_heads
+from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
 
@@ -49,6 +51,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.decoupled = decoupled
         self.axes = decoupled.axes()
         self.placement = placement
+        _check_local(decoupled, placement.stages)
         self.stages: dict[int, Stage] = {}
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         super().__init__(*args, **kwargs)
@@ -59,9 +62,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
         self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
                               flush=self.axes.flush, split_backward=decoupled.split_backward,
-                              wants_output=frozenset(s for s, (wants, _, _) in told if wants))
+                              wants_output=frozenset(s for s, (wants, _, _) in told if wants), window=self.axes.window,
+                              farthest=decoupled.losses == "farthest")
         self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
-                               track=decoupled.track_gradients > 0)
+                               track=decoupled.track_gradients > 0,
+                               queue=decoupled.queue + self.axes.hops[0] if self.axes.window == 1 else None)
         self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None
         self.holds_loss = last in self.stages
         self._top = max(self.stages)
@@ -81,7 +86,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self._build_stages()
         parameters = list(model_parameters)
         for index, stage in self.stages.items():
-            own = restrict(parameters, stage.trainable)
+            head = stage.head_parameters if isinstance(stage, LocalStage) else []
+            own = groups_with_heads(restrict(parameters, stage.trainable), head)
             client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
             optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
             self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic,
@@ -89,7 +95,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def _lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
-        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay)
+        factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
+        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
@@ -109,8 +116,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
             puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
-            self.stages[index] = Stage(index, functions, layers.start, self.axes, index == self.placement.stages - 1,
-                                       self.module.loss_fn, seeds, split_backward=puts_off)
+            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
+            self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
+        if self.axes.window:
+            build_heads(self.stages, self.module, self.decoupled, self.placement, rank, self.train_micro_batch_size_per_gpu(),
+                        self.device)
+
+    def _local_stage(self, index: int, *args: Any) -> LocalStage:
+        return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
+                          farthest=self.decoupled.losses == "farthest")
 
     # -- training --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +148,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
-        self.module.train()
+        self._train_mode()
         self._losses.clear()
         if self._end is None:
             self._fed += self.plan.k
@@ -150,6 +164,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
         self._after_batch(loss)
         return loss
+
+    def _train_mode(self) -> None:
+        """Layers train, but those of stages that have stopped."""
+        self.module.train()
+        for stage in self.stages.values():
+            if isinstance(stage, LocalStage) and stage.stopped:
+                stage.stop()
 
     def _fetch(self) -> None:
         """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
@@ -204,7 +225,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The mean loss of what was finished, as :meth:`train_batch` gives it.
         """
-        self.module.train()
+        self._train_mode()
         self._losses.clear()
         self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
         self.network.flush()
@@ -263,6 +284,28 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         outputs = self.stages[stage].forward(micro_batch, inputs)
         self.network.activations[stage + 1].send(Message(micro_batch, (outputs, labels)))
 
+    def _head(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, forward").parts
+        local = self._local(stage)
+        result = local.head_forward(micro_batch, inputs, labels, 1 / self.plan.k)
+        if stage == self._top:
+            self._losses.append(result.loss)
+        self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
+        self._pass_gradient(stage, micro_batch, result.grads, result.loss)
+
+    def _relay(self, stage: int, micro_batch: int) -> None:
+        if self._ended(micro_batch):
+            return
+        grads, _, loss = self.network.gradients[stage].recv(micro_batch, f"stage {stage}, a loss above").parts
+        self._pass_gradient(stage, micro_batch, self._local(stage).relay(micro_batch, grads), loss)
+
+    def _local(self, stage: int) -> LocalStage:
+        local = self.stages[stage]
+        assert isinstance(local, LocalStage)
+        return local
+
     def _loss(self, stage: int, micro_batch: int) -> None:
         if self._ended(micro_batch):
             return
@@ -270,7 +313,10 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if self.tracker is not None:
             self.tracker.begin(stage, micro_batch)
         result = self.stages[stage].loss_and_backward(micro_batch, inputs, labels, 1 / self.plan.k)
-        self._losses.append(result.loss)
+        if stage == self._top or not self.axes.window:
+            self._losses.append(result.loss)
+        if stage + 1 < self.placement.stages:
+            self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
         self._after_backward(stage, micro_batch, result.inputs, result.grads, result.loss)
 
     def _backward(self, stage: int, micro_batch: int) -> None:
@@ -280,16 +326,21 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if self.tracker is not None:
             self.tracker.begin(stage, micro_batch)
         inputs, input_grads = self.stages[stage].backward(micro_batch, outputs, grads)
-        if stage == self._top:
+        if stage == self._top and (not self.axes.window or stage < self.plan.ticks.first_loss):
             self._losses.append(loss)
         self._after_backward(stage, micro_batch, inputs, input_grads, loss)
 
     def _after_backward(self, stage: int, micro_batch: int, inputs: Tensors, grads: Any, loss: Tensor) -> None:
-        if stage > 0:
-            reconstruction = inputs if stage - 1 in self.plan.wants_output else None
-            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
+        reconstruction = inputs if stage - 1 in self.plan.wants_output else None
+        self._pass_gradient(stage, micro_batch, grads, loss, reconstruction)
         if self.stages[stage].deferred is None:
             self._gradients_complete(stage, micro_batch)
+
+    def _pass_gradient(self, stage: int, micro_batch: int, grads: Gradients | None, loss: Tensor,
+                       reconstruction: Tensors | None = None) -> None:
+        """Down to the stage below, if there is one and it heeds it."""
+        if stage > 0 and grads is not None:
+            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
 
     def _gradients_complete(self, stage: int, micro_batch: int) -> None:
         """The micro-batch's gradients are in ``.grad``."""
@@ -300,8 +351,14 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _update(self, stage: int, micro_batch: int) -> None:
         if self._ended(self._first_micro_batch + (micro_batch + 1) * self.plan.k - 1):
             return
-        self.stages[stage].weights.before_update()
+        local = self.stages[stage]
+        if isinstance(local, LocalStage) and local.stopped:
+            return
+        local.weights.before_update()
         self.stage_optimizers[stage].step()
+        limit = self.decoupled.stop_after[stage] if self.decoupled.stop_after is not None else None
+        if limit is not None and self.stage_optimizers[stage].updates >= limit:
+            self._local(stage).stop()
 
     def _send_activation(self, stage: int, micro_batch: int) -> None:
         if not self._ended(micro_batch):
@@ -329,6 +386,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         ins.Load: _load,
         ins.Forward: _forward,
         ins.ForwardLossBackward: _loss,
+        ins.ForwardHead: _head,
+        ins.Relay: _relay,
         ins.Backward: _backward,
         ins.BackwardRecompute: _backward,
         ins.BackwardReconstruct: _backward,
@@ -403,6 +462,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         return load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
                                load_module_only)
 
+    def stage_metrics(self) -> list[dict[str, float]]:
+        """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global
+        gradient only the last stage has a loss, and the list is empty."""
+        local = {s: stage.take_metrics() for s, stage in self.stages.items() if isinstance(stage, LocalStage)}
+        found = {s: metrics for part in compat.gather_objects(local) for s, metrics in part.items()}
+        return [found[s] for s in sorted(found)]
+
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
         local = {
@@ -423,3 +489,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],
                 "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
                                            key=lambda row: (row["micro_batch"], row["stage"]))}
+
+
+def _check_local(decoupled: DecoupledConfig, stages: int) -> None:
+    """What can be checked only once J is known."""
+    window = decoupled.axes().window
+    if window > stages:
+        raise ConfigError(f"{BLOCK}.window", window, f"at most the number of stages, which is {stages}",
+                          "Take a smaller window or more stages.")
+    for name in ("stage_lr", "stop_after"):
+        value = getattr(decoupled, name)
+        if value is not None and len(value) != stages:
+            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages")

@@ -10,6 +10,7 @@ class ConfigError(ValueError):
 
     def __init__(self, setting: str, value: Any, allowed: str, hint: str = "") -> None:
         self.setting = setting
+        self.fields = setting, value, allowed, hint
         text = f'"{setting}": {value!r} cannot be used: {allowed}'
         super().__init__(f"{text}. {hint}" if hint else f"{text}.")
 

@@ -24,6 +24,14 @@ class ForwardLossBackward(PipeInstruction):
     """Forward, loss and backward of the last stage in one."""
 
 
+class ForwardHead(PipeInstruction):
+    """Forward of a stage, the loss of its own head, and that loss's gradient to the stage's input."""
+
+
+class Relay(PipeInstruction):
+    """A gradient of a loss above, passed on to the stage's input."""
+
+
 class Backward(PipeInstruction):
     """Backward pass through the kept graph."""
 
@@ -72,6 +80,8 @@ INSTRUCTION_OF: dict[Kind, type[PipeInstruction]] = {
     Kind.LOAD: Load,
     Kind.FORWARD: Forward,
     Kind.LOSS: ForwardLossBackward,
+    Kind.HEAD: ForwardHead,
+    Kind.RELAY: Relay,
     Kind.BACKWARD: Backward,
     Kind.RECOMPUTE: BackwardRecompute,
     Kind.RECONSTRUCT: BackwardReconstruct,

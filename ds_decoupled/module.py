@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,7 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
-from ds_decoupled.stages.randomness import mix
-
-
-@contextmanager
-def _seeded(seed: int) -> Any:
-    """Within, torch's generators start from ``seed``; outside, nothing has happened to them."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+from ds_decoupled.stages.randomness import mix, seeded
 
 
 class SeededLayerSpec(LayerSpec):
@@ -37,7 +27,7 @@ class SeededLayerSpec(LayerSpec):
         self.seed = seed
 
     def build(self, log: bool = False) -> nn.Module:
-        with _seeded(self.seed):
+        with seeded(self.seed):
             return super().build(log)
 
 
@@ -50,7 +40,7 @@ class SeededTiedLayerSpec(TiedLayerSpec):
         self.seed = seed
 
     def build(self, log: bool = False) -> nn.Module:
-        with _seeded(self.seed):
+        with seeded(self.seed):
             return super().build(log)
 
 
@@ -96,7 +86,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         self._starts = block_starts(layers)
         self._stages_setting = stages if stages is not None else given.stages
         self._partition_setting = partition or partition_method or given.partition
-        self._sample_input = sample_input
+        self.sample_input = sample_input
         self._recover = given.axes().recover
         self.placement: Placement
         specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
@@ -104,7 +94,6 @@ class DecoupledPipelineModule(PipelineModuleBase):
             num_stages = torch.distributed.get_world_size()
         super().__init__(specs, num_stages=num_stages, topology=topology, loss_fn=loss_fn, base_seed=base_seed,
                          partition_method="uniform", **kwargs)
-        del self._sample_input
 
     def rank_layer_bounds(self) -> list[int]:
         """Cut the layers into stages, spread the stages over the ranks."""
@@ -121,10 +110,10 @@ class DecoupledPipelineModule(PipelineModuleBase):
         if method == "parameters":
             return (layer_parameters(self),) * 2
         if method == "profile":
-            if self._sample_input is None:
+            if self.sample_input is None:
                 raise ConfigError(f"{BLOCK}.partition", "profile", "times the layers on a sample input",
                                   "Give DecoupledPipelineModule a sample_input: one micro-batch of inputs.")
-            times = layer_times(layer_specs(self), self._sample_input)
+            times = layer_times(layer_specs(self), self.sample_input)
             # The last stage goes forward and back at once and runs nothing again.
             return [t.cost(self._recover != "graph") for t in times], [t.cost(False) for t in times]
         raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")

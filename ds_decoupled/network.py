@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ class Pair:
     """A one-way chain of links along the pipe: from the neighbour before, to the neighbour after (either may be missing)."""
 
     def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codec: Codec,
-                 timeout: float) -> None:
+                 timeout: float, queue: int | None = None) -> None:
         self.receiver = None if before is None else RemoteReceiver(before, group, device, codec, timeout)
-        self.sender = None if after is None else RemoteSender(after, group, device, codec)
+        self.sender = None if after is None else RemoteSender(after, group, device, codec, timeout, queue)
 
 
 class Network:
@@ -57,6 +58,8 @@ class Network:
         device: where tensors live.
         codec: how values are written between ranks.
         timeout: seconds that a receive may take.
+        queue: activations that may be on their way to the next rank before this one waits; None where gradients that come
+            back keep ranks together.
 
     Attributes:
         activations: queue of messages ``(inputs, labels)`` into each local stage, and of what waits to be sent to the next.
@@ -65,7 +68,7 @@ class Network:
     """
 
     def __init__(self, grid: Any, plan: Plan, rank: int, device: torch.device, codec: Codec, timeout: float,
-                 track: bool = False) -> None:
+                 track: bool = False, queue: int | None = None) -> None:
         self.plan, self.rank, self.timeout = plan, rank, timeout
         stages = plan.placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
@@ -77,7 +80,7 @@ class Network:
         if plan.placement.ranks > 1:
             for name, group in _make_groups(grid, track).items():
                 ends = (above, below) if "backward" in name else (below, above)
-                self._up[name] = Pair(group, *ends, device, codec, timeout)
+                self._up[name] = Pair(group, *ends, device, codec, timeout, queue if name == "forward" else None)
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
             self._up = {name: Pair(None, None, None, device, codec, timeout) for name in _DIRECTIONS}
@@ -92,9 +95,11 @@ class Network:
 
     def start_run(self) -> None:
         """Micro-batches of a new run follow; nothing is in flight."""
-        self._activations_expected = self._gradients_expected = 0  # of this run
-        self._gradients_due = 0
+        self._activations_expected = 0  # of this run
+        self._gradients_tick = 0  # gradients that the stage above sends before this tick have been counted
+        self._gradients_to_come: deque[int] = deque()
         self._sent_up = 0
+        self._end: int | None = None
         for receiver in (self._forward.receiver, self._backward.receiver):
             if receiver is not None:
                 receiver.end = None
@@ -108,15 +113,21 @@ class Network:
             self._forward.receiver.expect(first + m for m in range(self._activations_expected, until))
             self._activations_expected = max(self._activations_expected, until)
         if self._backward.receiver is not None:
-            self._gradients_due = min(fed, end_tick - ticks.backward(self.top + 1, 0))
+            for tick in range(self._gradients_tick, end_tick):
+                self._gradients_to_come.extend(m for m in ticks.gradients_sent(self.top + 1, tick) if 0 <= m < fed)
+            self._gradients_tick = max(self._gradients_tick, end_tick)
             self._expect_gradients()
 
     def _expect_gradients(self) -> None:
         """A gradient is sure to come once its activation was sent, and its time has come."""
         assert self._backward.receiver is not None
-        until = min(self._gradients_due, self._sent_up)
-        self._backward.receiver.expect(self._first + m for m in range(self._gradients_expected, until))
-        self._gradients_expected = max(self._gradients_expected, until)
+        while self._gradients_to_come:
+            micro_batch = self._gradients_to_come[0]
+            if self._end is None or self._first + micro_batch < self._end:  # else it was never fed
+                if micro_batch >= self._sent_up:
+                    return
+                self._backward.receiver.expect([self._first + micro_batch])
+            self._gradients_to_come.popleft()
 
     # -- training ---------------------------------------------------------------------------------------------------------
 
@@ -124,7 +135,8 @@ class Network:
         assert self._forward.sender is not None
         self._forward.sender.send(self.activations[stage + 1].recv(micro_batch, f"stage {stage}, sending its output"))
         self._sent_up = micro_batch - self._first + 1
-        self._expect_gradients()
+        if self._backward.receiver is not None:
+            self._expect_gradients()
 
     def recv_activation(self, stage: int, micro_batch: int) -> int | None:
         """Take the stage's input in. Returns the micro-batch at which the data ended, once that is known."""
@@ -154,6 +166,7 @@ class Network:
 
     def pass_on_end(self, micro_batch: int) -> None:
         """Tell the next rank that the data end before ``micro_batch``."""
+        self._end = micro_batch
         if self._forward.sender is not None:
             self._forward.sender.send_end(micro_batch)
 
@@ -241,5 +254,5 @@ class Network:
         if self._forward.receiver is not None:
             self._activations_expected = max(0, min(fed, end_tick - ticks.forward(self.bottom - 1, 0)))
         if self._backward.receiver is not None:
-            self._gradients_expected = max(0, min(fed, end_tick - ticks.backward(self.top + 1, 0)))
+            self._gradients_tick = end_tick
             self._sent_up = max(0, min(fed, end_tick - ticks.forward(self.top, 0)))

@@ -77,7 +77,7 @@ class GradientTracker:
     def after_ticks(self) -> None:
         """Compare every followed micro-batch that has left stage 0."""
         engine = self.engine
-        done = engine._first_micro_batch + min(engine._fed, engine._tick - engine.plan.ticks.backward(0, 0))
+        done = engine._first_micro_batch + min(engine._fed, engine._tick - engine.plan.ticks.drain)
         while self._next < done:
             self._compare(self._next)
             self._next += self.every

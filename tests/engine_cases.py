@@ -29,7 +29,8 @@ def build(case: dict[str, Any]) -> Any:
     config = config_of(case)
     model = ds_decoupled.DecoupledPipelineModule(
         NETS[case.get("net", "reversible")](**case.get("net_args", {})), num_stages=case.get("pipe_ranks"), config=config,
-        loss_fn=next_token_loss if case.get("net") == "gpt" else nn.CrossEntropyLoss(), sample_input=torch.randn(4, 2, 8, 8))
+        loss_fn=next_token_loss if case.get("net") == "gpt" else nn.CrossEntropyLoss(),
+        sample_input=None if case.get("no_sample") or case.get("net") == "gpt" else torch.randn(4, 2, 8, 8))
     decay = case.get("decay", 1.0)
     scheduler = (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)) if decay != 1.0 else None
     engine, *_ = ds_decoupled.initialize(model=model, config=config, lr_scheduler=scheduler,
@@ -44,6 +45,12 @@ def state_of(engine: Any) -> dict[str, torch.Tensor]:
         if isinstance(layer, nn.Module):
             state.update({f"{index}.{name}": value.detach().clone() for name, value in layer.state_dict().items()})
     return state
+
+
+def heads_of(engine: Any) -> dict[int, nn.Module]:
+    """Copies of the heads of this rank's stages, by stage."""
+    return {s: copy.deepcopy(stage.head) for s, stage in getattr(engine, "stages", {}).items()
+            if getattr(stage, "head", None) is not None}
 
 
 def data_of(case: dict[str, Any], engine: Any) -> Any:
@@ -61,16 +68,20 @@ def data_of(case: dict[str, Any], engine: Any) -> Any:
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """Train, drain, and report."""
     engine = build(case)
-    initial = state_of(engine)
+    initial, initial_heads = state_of(engine), heads_of(engine)
+    if case.get("spoil") in initial_heads:
+        for parameter in engine.stages[case["spoil"]].head.parameters():
+            parameter.data.mul_(1.5)
     data = data_of(case, engine)
     losses = [engine.train_batch(data).item() for _ in range(case["batches"] // case.get("k", 1))]
+    summary: dict[str, Any] = {}
+    metrics: list[Any] = []
     if hasattr(engine, "drain"):
         engine.drain()
-        summary = engine.decoupled_summary()
-    else:
-        summary = {}
+        summary, metrics = engine.decoupled_summary(), engine.stage_metrics()
     lrs = [stage.optimizer.param_groups[0]["lr"] for stage in getattr(engine, "stage_optimizers", {}).values()]
     return {"initial": initial, "state": state_of(engine), "losses": losses, "summary": summary, "lrs": lrs,
+            "initial_heads": initial_heads, "heads": heads_of(engine), "metrics": metrics,
             "rank": engine.global_rank, "replica": engine.mpu.get_data_parallel_rank()}
 
 

@@ -21,7 +21,7 @@ def make(stages: int, ranks: int, method: str, k: int, *, hops: tuple[int, int] 
          split_backward: bool = False) -> Plan:
     axes = PRESETS[method]
     return Plan.make(Placement.of(stages, ranks), hops=hops or axes.hops, k=k, recover=axes.recover, flush=axes.flush,
-                     split_backward=split_backward)
+                     split_backward=split_backward, window=axes.window)
 
 
 def read(*ranks: str) -> Lists:
@@ -256,3 +256,29 @@ def test_the_staircase_of_an_error_shows_the_bad_cell_alone() -> None:
 def test_lists_for_other_ranks() -> None:
     with pytest.raises(PlanError, match="1 lists of actions for 2 ranks"):
         play([[]], (0, 1, 2))
+
+
+# Stage-local losses
+
+
+@given(stages=st.integers(1, 6), ranks=st.integers(1, 6), window=st.integers(1, 6), farthest=st.booleans(),
+       hops=st.sampled_from([(0, 1), (1, 1), (1, 2), (2, 1)]))
+@settings(max_examples=60, deadline=None)
+def test_windows(stages: int, ranks: int, window: int, farthest: bool, hops: tuple[int, int]) -> None:
+    """No deadlock, nothing left over; delays are (a+b) min(n-1, J-1-s), and at most n-1 gradients go down a link."""
+    ranks, window = min(ranks, stages), min(window, stages)
+    plan = Plan.make(Placement.of(stages, ranks), hops=hops, k=1, recover="graph", flush=False, window=window,
+                     farthest=farthest)
+    run = simulate(plan, 12)
+    assert run.delays == tuple(sum(hops) * min(window - 1, stages - 1 - s) for s in range(stages))
+    assert run.delays == tuple(plan.ticks.delay(s) for s in range(stages))
+    down = [t for t in run.traffic if t.direction == "backward"]
+    assert all(t.messages <= 12 * (window - 1) for t in down)
+    if not farthest:
+        expected = {link: 12 * min(window - 1, stages - 1 - link) for link in range(stages - 1)}
+        assert all(t.messages == expected[t.link] for t in down)
+
+
+def test_greedy_learning_has_no_bubble() -> None:
+    plan = make(4, 4, "dgl", 1)
+    assert simulate(plan, 40, Costs(link=3)).time_per_micro_batch == 3

@@ -12,7 +12,6 @@ from ds_decoupled.analysis.simulate import Costs, Simulation, simulate
 from ds_decoupled.analysis.staircase import LEGEND, UPDATE_LEGEND, staircase
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.schedules.actions import BACKWARD_OF_RECOVER, Kind
 from ds_decoupled.schedules.partition import Placement
 from ds_decoupled.schedules.plan import Plan
 
@@ -53,7 +52,8 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
         raise ConfigError("--micro-batches", shape.micro_batches, f'with "update": "flush" a run is one batch of k = '
                           f"{shape.k} micro-batches", "Set gradient_accumulation_steps in the file.")
     plan = Plan.make(Placement.of(shape.stages, shape.ranks), hops=axes.hops, k=shape.k, recover=axes.recover,
-                     flush=axes.flush, split_backward=config.split_backward)
+                     flush=axes.flush, split_backward=config.split_backward, window=axes.window,
+                     farthest=config.losses == "farthest")
     costs = Costs(link=shape.link)
     fill = plan.ticks.drain
     # Long enough for the times to repeat: see Simulation.time_per_micro_batch.
@@ -64,11 +64,8 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     run = simulate(plan, drawn, costs)
     steady = run if axes.flush or drawn >= endless else simulate(plan, endless, costs)
 
-    backward = {BACKWARD_OF_RECOVER[axes.recover]} if shape.stages > 1 else set()
-    if any(action.kind is Kind.WEIGHTS for ticks in lists for actions in ticks for action in actions):
-        backward.add(Kind.WEIGHTS)
-    legend = [text for kind, text in LEGEND.items()
-              if kind is Kind.LOSS or (kind is Kind.FORWARD and shape.stages > 1) or kind in backward]
+    seen = {action.kind for rank in range(shape.ranks) for actions in plan.run(rank, drawn) for action in actions}
+    legend = [text for kind, text in LEGEND.items() if kind in seen]
     hops = "a flush after every batch" if axes.flush else f"hops ({axes.hops[0]}, {axes.hops[1]})"
     title = f"{config.method}: {_count(shape.stages, 'stage')} on {_count(shape.ranks, 'rank')}, {hops}, k = {shape.k}"
     parts = [title + "".join(f"\nnote: {note}" for note in notes)]
@@ -100,9 +97,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _stage_table(plan: Plan, steady: Simulation, stashed: bool) -> str:
-    last = plan.placement.stages - 1
+    at_once = {s for s in range(plan.placement.stages)
+               if s == plan.placement.stages - 1 or (plan.ticks.window and plan.ticks.reach(s) == 0)}
     rows = [[str(s), str(rank), str(steady.delays[s]), str(steady.updates_crossed[s]), str(steady.records[s]),
-             KEPT[plan.recover] + " and weights" * stashed if s < last else "nothing"]
+             KEPT[plan.recover] + " and weights" * stashed if s not in at_once else "nothing"]
             for s, rank in enumerate(plan.placement.rank_of_stage)]
     return _table(["stage", "rank", "delay in ticks", "updates crossed", "records in flight", "each keeps"], rows)
 

@@ -23,10 +23,11 @@ from ds_decoupled.errors import PlanError
 from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, Action, Kind
 from ds_decoupled.schedules.plan import Plan
 
-#: Cost of an action in units of one stage's forward pass: a backward pass costs two, a forward pass run again one more.
+#: Cost of an action in units of one stage's forward pass: a backward pass costs two, one to its input alone one, a forward
+#: pass run again one more; heads cost nothing here.
 UNIT_COSTS: Mapping[Kind, float] = {
     Kind.FORWARD: 1, Kind.LOSS: 3, Kind.BACKWARD: 2, Kind.RECOMPUTE: 3, Kind.RECONSTRUCT: 3, Kind.UPDATE: 0,
-    Kind.LOAD: 0,
+    Kind.LOAD: 0, Kind.HEAD: 2, Kind.RELAY: 1,
 }
 
 #: How many messages of one unit a message carries: a reconstruction travels together with its gradient.
@@ -166,7 +167,7 @@ class _Rank:
         self.loaded: set[int] = set()
         #: Stage s's output, the gradient of stage s's output, and stage s's weights' gradients that are put off.
         self.activations: set[tuple[int, int]] = set()
-        self.gradients: set[tuple[int, int]] = set()
+        self.gradients: Counter[tuple[int, int]] = Counter()  # several, of several losses
         self.put_off: set[tuple[int, int]] = set()
         self.tick_ends = [0.0] * len(ticks)
 
@@ -193,6 +194,9 @@ class _Run:
                       if a.kind is Kind.WEIGHTS}
         #: For each (stage, micro-batch) in flight: the tick of its forward, and the stage's updates until then.
         self.in_flight: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.stages)]
+        #: Gradients that a stage still waits for, by (stage, micro-batch).
+        self.wanted = Counter((a.stage, a.micro_batch) for ticks in lists for actions in ticks for a in actions
+                              if a.kind in BACKWARDS or a.kind is Kind.RELAY)
         self.updates = [0] * self.stages
         self.delays, self.crossed, self.records = [0] * self.stages, [0] * self.stages, [0] * self.stages
         self.finished: Counter[int] = Counter()
@@ -252,8 +256,11 @@ class _Run:
             self._broken(r, f"the next message on link {key[0]} {key[1]} is a {head.kind.value} of micro-batch "
                             f"{head.micro_batch}")
         rank.clock = max(rank.clock, head.arrival)
-        held = rank.activations if action.kind is Kind.RECV_ACTIVATION else rank.gradients
-        held.add((key[0], action.micro_batch))
+        item = (key[0], action.micro_batch)
+        if action.kind is Kind.RECV_ACTIVATION:
+            rank.activations.add(item)
+        else:
+            rank.gradients[item] += 1
         return True
 
     def _send(self, r: int, action: Action) -> None:
@@ -261,10 +268,12 @@ class _Run:
         item = (key[0], action.micro_batch)
         if not 0 <= key[0] < self.stages - 1 or self.rank_of_stage[key[0]] == self.rank_of_stage[key[0] + 1]:
             self._broken(r, "no link between two ranks there")
-        held = rank.activations if action.kind is Kind.SEND_ACTIVATION else rank.gradients
-        if item not in held:
+        if item not in (rank.activations if action.kind is Kind.SEND_ACTIVATION else rank.gradients):
             self._broken(r, "what it sends has not been computed")
-        held.remove(item)
+        if action.kind is Kind.SEND_ACTIVATION:
+            rank.activations.remove(item)
+        else:
+            _take(rank.gradients, item)
         message = _Message(action.kind, action.micro_batch, rank.clock + self.costs.link)
         self.queues.setdefault(key, deque()).append(message)
         self.messages[key] += 1
@@ -294,15 +303,18 @@ class _Run:
             rank.put_off.remove((s, m))
         if _goes_forward(kind):
             self._forward(r, tick, action)
-        if _goes_back(kind):
-            if kind in BACKWARDS and (s, m) not in rank.gradients:
+        if kind in BACKWARDS or kind is Kind.RELAY:
+            if (s, m) not in rank.gradients:
                 self._broken(r, "the gradient of the stage's output is not there")
-            rank.gradients.discard((s, m))
+            _take(rank.gradients, (s, m))
+        if _goes_back(kind):
             self._backward(r, tick, action)
-            if s > 0:
-                rank.gradients.add((s - 1, m))
             if (s, m) in self.split:
                 rank.put_off.add((s, m))
+        # The first ones go down: a window's last loss is beyond the window of the stage below.
+        if (_goes_back(kind) or kind in (Kind.HEAD, Kind.RELAY)) and self.wanted[s - 1, m] > 0:
+            self.wanted[s - 1, m] -= 1
+            rank.gradients[s - 1, m] += 1
         self.events[r].append(Event(r, tick, action, start, rank.clock))
 
     def _forward(self, r: int, tick: int, action: Action) -> None:
@@ -315,7 +327,7 @@ class _Run:
             self._broken(r, "the stage's input is not there")
         else:
             rank.activations.remove((s - 1, m))
-        if action.kind is Kind.FORWARD:
+        if s < self.stages - 1:
             rank.activations.add((s, m))
         self.in_flight[s][m] = (tick, self.updates[s])
         self.records[s] = max(self.records[s], len(self.in_flight[s]))
@@ -407,4 +419,10 @@ def _goes_back(kind: Kind) -> bool:
 
 
 def _goes_forward(kind: Kind) -> bool:
-    return kind in (Kind.FORWARD, Kind.LOSS)
+    return kind in (Kind.FORWARD, Kind.LOSS, Kind.HEAD)
+
+
+def _take(held: Counter[tuple[int, int]], item: tuple[int, int]) -> None:
+    held[item] -= 1
+    if not held[item]:
+        del held[item]

@@ -21,6 +21,8 @@ from ds_decoupled.schedules.actions import Action, Kind
 LEGEND = {
     Kind.FORWARD: "F forward",
     Kind.LOSS: "X forward, loss and backward",
+    Kind.HEAD: "H forward, own loss and its gradient to the input",
+    Kind.RELAY: "G gradient of a loss above, passed on",
     Kind.BACKWARD: "B backward through the kept graph",
     Kind.RECOMPUTE: "C backward by recomputation",
     Kind.RECONSTRUCT: "R backward by reconstruction",

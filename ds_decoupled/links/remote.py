@@ -32,17 +32,21 @@ def _new_buffer(nbytes: int, on: torch.device, device: torch.device) -> Tensor:
 
 
 class RemoteSender:
-    """Sends to one rank. A send never waits; buffers are let go when their message has left.
+    """Sends to one rank. A send does not wait, unless the queue is full; buffers are let go when their message has left.
 
     Args:
         peer: the receiver's global rank.
         group: the process group of this direction.
         device: where the tensors live.
         codec: how values are written.
+        timeout: seconds that a send may wait for room in the queue.
+        queue: messages that may be under way at once; None for any number.
     """
 
-    def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec) -> None:
+    def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec, timeout: float = 600.0,
+                 queue: int | None = None) -> None:
         self.peer, self.group, self.device, self.codec = peer, group, device, codec
+        self.timeout, self.queue = timeout, queue
         self.buffer_device = buffer_device(group, device)
         self.bytes_sent = 0
         self.messages_sent = 0
@@ -70,16 +74,21 @@ class RemoteSender:
     def flush(self, timeout: float) -> None:
         """Wait until every message has left: a process that ends before takes them with it."""
         while self._under_way:
-            work, _ = self._under_way.popleft()
-            try:
-                work.wait(timedelta(seconds=timeout))
-            except RuntimeError as error:
-                raise LinkError(f"rank {self.peer} did not take a message within {timeout:g} s, or is gone "
-                                f"({_first(error)})") from error
+            self._wait_for_one(timeout)
+
+    def _wait_for_one(self, timeout: float) -> None:
+        work, _ = self._under_way.popleft()
+        try:
+            work.wait(timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise LinkError(f"rank {self.peer} did not take a message within {timeout:g} s, or is gone "
+                            f"({_first(error)})") from error
 
     def _isend(self, buffer: Tensor) -> None:
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
+        while self.queue is not None and len(self._under_way) >= self.queue:
+            self._wait_for_one(self.timeout)
         try:
             self._under_way.append((dist.isend(buffer, self.peer, group=self.group), buffer))
         except RuntimeError as error:

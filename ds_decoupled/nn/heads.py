@@ -9,8 +9,11 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 ``linear``   pool to 2×2, linear
 ===========  ==================================================================================================
 
-For language models (``lm``): a norm and an unembedding, and in front of them as many blocks as wanted. Where a stage gives two
-streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden state.
+For language models ``lm``: RMSNorm and an unembedding. For any model ``last-layer``: a copy of the model's own last layer, with
+the weights that this starts from, so that the heads of a pretrained model make sense from the first step on.
+
+Where a stage gives two streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden
+state. A copy of the last layer sees all that the stage gives.
 """
 
 from __future__ import annotations
@@ -91,19 +94,23 @@ def language_model(shape: torch.Size, outputs: int) -> nn.Module:
 HEADS: dict[str, HeadBuilder] = {"mlp-sr": mlp_sr, "mlp": mlp, "cnn": cnn, "linear": linear, "lm": language_model}
 
 
+LAST_LAYER = "last-layer"
+
+
 class StageHead(nn.Module):
     """A head on whatever a stage gives.
 
     Args:
-        head: takes one tensor.
+        head: takes one tensor, or all that the stage gives.
+        takes_all: which of the two.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, takes_all: bool = False) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.takes_all = head, takes_all
 
     def forward(self, outputs: Tensor | Sequence[Tensor]) -> Tensor:
-        logits: Tensor = self.head(one_tensor(outputs))
+        logits: Tensor = self.head(outputs if self.takes_all else one_tensor(outputs))
         return logits
 
 
@@ -144,7 +151,7 @@ def _find(name: str) -> HeadBuilder:
         return HEADS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, HEADS))}",
+        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER)))}",
                           "A head of your own is named 'module:callable'.")
     try:
         found: HeadBuilder = getattr(importlib.import_module(module), attribute)

@@ -5,7 +5,9 @@
 ====  ==========================================================================
 L     load the micro-batch from the data iterator (stage 0)
 F     forward
-X     forward, loss and backward in one (the last stage)
+X     forward, loss and backward in one (a stage that waits for no other stage's gradient)
+H     forward, loss of the stage's own head, and its gradient to the input (a stage that waits for losses above it too)
+G     the gradient of a loss above, passed on to the input
 B     backward through the kept graph
 C     backward by recomputation from the kept input
 R     backward by reconstruction from the output
@@ -34,6 +36,8 @@ class Kind(str, Enum):
     LOAD = "L"
     FORWARD = "F"
     LOSS = "X"
+    HEAD = "H"
+    RELAY = "G"
     BACKWARD = "B"
     RECOMPUTE = "C"
     RECONSTRUCT = "R"

@@ -38,9 +38,13 @@ class Plan:
 
     @staticmethod
     def make(placement: Placement, *, hops: tuple[int, int], k: int, recover: str, flush: bool,
-             wants_output: frozenset[int] | None = None, split_backward: bool = False) -> Plan:
-        """The plan of a method on a placement."""
-        ticks = Ticks.flush(placement.rank_of_stage) if flush else Ticks.delayed(placement.stages, hops)
+             wants_output: frozenset[int] | None = None, split_backward: bool = False, window: int = 0,
+             farthest: bool = False) -> Plan:
+        """The plan of a method on a placement; ``window`` is 0 unless losses are the stages' own."""
+        if window:
+            ticks = Ticks.local(placement.stages, hops, window, farthest)
+        else:
+            ticks = Ticks.flush(placement.rank_of_stage) if flush else Ticks.delayed(placement.stages, hops)
         if wants_output is None:
             wants_output = frozenset(range(placement.stages - 1)) if recover == "reconstruct" else frozenset()
         return Plan(placement, ticks, k, recover, wants_output, split_backward)
@@ -52,8 +56,39 @@ class Plan:
         backwards likewise (stages of one rank under a flush: reverse order). Elsewhere what is sent goes first and what
         is received goes last, so that both travel while the rank computes.
         """
+        if self.ticks.window:
+            return list(add_communication(self._compute_local(rank, tick, micro_batches), self.placement.rank_of_stage,
+                                          sends_gradient=self.sends_gradient))
         return list(add_communication(self._compute(rank, tick, micro_batches), self.placement.rank_of_stage,
                                       self.wants_output, self.split_backward))
+
+    def sends_gradient(self, action: Action) -> bool:
+        """With stage-local losses: whether the loss of this action reaches the stage below."""
+        if action.stage == 0 or self.ticks.window == 1:
+            return False
+        if action.kind.is_backward:  # the farthest loss of this stage: within the window of the one below at the top alone
+            return self.ticks.reach(action.stage) <= self.ticks.window - 2
+        return action.kind in (Kind.LOSS, Kind.HEAD, Kind.RELAY)
+
+    def _compute_local(self, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
+        stages = self.placement.stages_of(rank)
+        for s in stages if self.ticks.hops[0] == 0 else reversed(stages):
+            m = tick - self.ticks.forward(s, 0)
+            if 0 <= m < micro_batches:
+                if s == 0:
+                    yield Action(s, Kind.LOAD, m)
+                alone = self.ticks.reach(s) == 0
+                yield Action(s, Kind.LOSS if alone else Kind.HEAD if s >= self.ticks.first_loss else Kind.FORWARD, m)
+                if alone:
+                    yield from self._update_if_due(s, m)
+        for s in stages:
+            reach = self.ticks.reach(s)
+            for distance in range(1, reach + 1):
+                m = tick - self.ticks.gradient(s, distance, 0)
+                if 0 <= m < micro_batches and s + distance >= self.ticks.first_loss:
+                    yield Action(s, Kind.BACKWARD if distance == reach else Kind.RELAY, m)
+                    if distance == reach:
+                        yield from self._update_if_due(s, m)
 
     def _compute(self, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
         stages = self.placement.stages_of(rank)

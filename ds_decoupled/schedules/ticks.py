@@ -1,4 +1,4 @@
-"""The ticks of the global methods: in which tick a stage meets a micro-batch.
+"""In which tick a stage meets a micro-batch.
 
 Hops ``(a, b)`` say how many ticks a message takes from stage to stage, forward and backward. Stage ``s`` of ``J`` runs
 the forward of micro-batch ``m`` in tick ``m + a s`` and its backward in tick ``m + a(J-1) + b(J-1-s)``; the last stage
@@ -10,6 +10,14 @@ does both in one tick. For J = 3 and hops (1, 1), the paper's PETRA::
        2   F2        F1        X0
        3   F3        F2 B0     X1
        4   F4 B0     F3 B1     X2
+
+With stage-local losses and a window of n, the loss of stage ``s + j`` reaches stage ``s`` for j < n: its gradient comes in
+tick ``m + a(s+j) + b j``, and the stage's backward is the last of these. A window of 1 waits for nobody. For J = 4, n = 2,
+hops (0, 1)::
+
+    tick   stage 0   stage 1   stage 2   stage 3
+       0   H0        H0        H0        X0
+       1   H1 B0     H1 B0     H1 B0     X1
 """
 
 from __future__ import annotations
@@ -27,15 +35,24 @@ class Ticks:
         depth: one number per stage, not falling: how many times a message has hopped when it reaches the stage. With a
             delayed update this is the stage's own number, whatever the placement, because it is part of the method.
             Under a flush no gradient depends on it, so that the depth may be the rank's, which makes it 1F1B.
+        window: stages whose losses reach a stage, its own among them; 0 where the only loss is the last stage's.
+        first_loss: the lowest stage whose loss anybody heeds; above 0 where a stage takes the farthest loss alone.
     """
 
     hops: tuple[int, int]
     depth: tuple[int, ...]
+    window: int = 0
+    first_loss: int = 0
 
     @staticmethod
     def delayed(stages: int, hops: tuple[int, int]) -> Ticks:
         """Ticks of a method with a delayed update."""
         return Ticks(hops, tuple(range(stages)))
+
+    @staticmethod
+    def local(stages: int, hops: tuple[int, int], window: int, farthest: bool = False) -> Ticks:
+        """Ticks of a method with stage-local losses, of all the window's or of its farthest."""
+        return Ticks(hops, tuple(range(stages)), window, min(window, stages) - 1 if farthest else 0)
 
     @staticmethod
     def flush(ranks: tuple[int, ...]) -> Ticks:
@@ -51,13 +68,32 @@ class Ticks:
         return micro_batch + self.hops[0] * self.depth[stage]
 
     def backward(self, stage: int, micro_batch: int) -> int:
-        """The tick of a stage's backward pass."""
+        """The tick of a stage's (last) backward pass."""
+        if self.window:
+            return self.gradient(stage, self.reach(stage), micro_batch)
         a, b = self.hops
         last = self.depth[-1]
         return micro_batch + a * last + b * (last - self.depth[stage])
 
+    def reach(self, stage: int) -> int:
+        """How many losses above the stage's own reach it, with stage-local losses."""
+        return min(self.window - 1, self.stages - 1 - stage)
+
+    def gradient(self, stage: int, distance: int, micro_batch: int) -> int:
+        """The tick in which the loss of ``stage + distance`` reaches ``stage``."""
+        return self.forward(stage + distance, micro_batch) + self.hops[1] * distance
+
+    def gradients_sent(self, stage: int, tick: int) -> list[int]:
+        """Micro-batches whose gradients a stage sends down in a tick, in this order (some may not exist)."""
+        if not self.window:
+            return [tick - self.backward(stage, 0)]
+        # Only losses within the window of the stage below: its own, and those that it passes on.
+        return [tick - self.gradient(stage, j, 0) for j in range(min(self.reach(stage), self.window - 2) + 1)
+                if stage + j >= self.first_loss]
+
     def delay(self, stage: int) -> int:
-        """Ticks between a stage's forward and backward of the same micro-batch: ``(a+b)(J-1-s)``."""
+        """Ticks between a stage's forward and backward of the same micro-batch: ``(a+b)(J-1-s)``, with a window
+        ``(a+b) min(n-1, J-1-s)``."""
         return self.backward(stage, 0) - self.forward(stage, 0)
 
     def updates_crossed(self, stage: int, k: int) -> int:
@@ -71,4 +107,4 @@ class Ticks:
     @property
     def drain(self) -> int:
         """Ticks from a micro-batch's first forward to its last backward."""
-        return self.backward(0, 0)
+        return max(self.backward(s, 0) for s in range(self.stages))

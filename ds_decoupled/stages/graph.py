@@ -48,6 +48,29 @@ class GraphRun(Run):
         backward(record.outputs, grads)
         return detach(record.inputs), input_gradients(record.inputs)
 
+    def relay(self, micro_batch: int, grads: Gradients) -> Gradients:
+        """The gradients that reach the input; the graph stays, and no parameter learns."""
+        record = self._records[micro_batch]
+        wanted = [t for t in as_tuple(record.inputs) if t.requires_grad]
+        pairs = [(y, dy.to(y.dtype)) for y, dy in zip(as_tuple(record.outputs), grads) if y.requires_grad and dy is not None]
+        if not wanted or not pairs:
+            return tuple(None for _ in as_tuple(record.inputs))
+        found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], retain_graph=True,
+                                         allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in as_tuple(record.inputs))
+
+    def drop(self, micro_batch: int) -> None:
+        """Nobody goes back through this micro-batch."""
+        del self._records[micro_batch]
+
+    def backward_to_weights(self, micro_batch: int, grads: Gradients) -> None:
+        """Add the parameters' gradients to ``.grad``; nobody wants the input's."""
+        record = self._records.pop(micro_batch)
+        parameters = [p for p in self.weights.parameters if p.requires_grad]
+        pairs = [(y, dy.to(y.dtype)) for y, dy in zip(as_tuple(record.outputs), grads) if y.requires_grad and dy is not None]
+        if parameters and pairs:
+            torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs], inputs=parameters)
+
     def kept(self) -> Iterator[Tensor]:
         for record in self._records.values():
             yield from as_tuple(record.inputs)

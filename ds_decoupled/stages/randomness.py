@@ -27,6 +27,15 @@ def mix(*numbers: int) -> int:
     return state & _MASK
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, torch's generators start from ``seed``; outside, nothing has happened to them."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
     if device.type == "cuda":

@@ -29,11 +29,13 @@ LossFn = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class LossResult:
-    """What the last stage gives: the loss (not scaled), its input, and the gradients that reach it."""
+    """What a stage with a loss gives: the loss (not scaled), its input, the gradients that reach it (None where nobody
+    below heeds them), and its output, where another stage follows."""
 
     loss: Tensor
     inputs: Tensors
-    grads: Gradients
+    grads: Gradients | None
+    outputs: Tensors | None = None
 
 
 def unique_parameters(layers: Sequence[Any]) -> list[nn.Parameter]:
@@ -116,7 +118,7 @@ class Stage:
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
         return x
 
-    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:
+    def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients | None]:
         """Add the parameters' gradients to ``.grad``; return the input (kept or rebuilt) and the gradients that reach it."""
         self.in_flight.remove(micro_batch)
         tensors = outputs
@@ -160,6 +162,11 @@ class Stage:
     def norms(self) -> list[_NormBase]:
         """Modules with running statistics."""
         return self._all.norms
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Its layers."""
+        return self._all.functions
 
     @property
     def layer_names(self) -> list[str]:

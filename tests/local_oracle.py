@@ -1,0 +1,107 @@
+"""What stage-local losses mean: a slow, plain loop, from the papers' definitions.
+
+Stage s learns from the losses of the heads of s, ..., s+n-1 (or of the farthest alone), each through the stages between. The
+loss of stage l reaches stage s in tick m + a l + b (l - s); the stage's gradient is complete with the last of them. Every
+gradient is taken by ``torch.autograd.grad`` from graphs that are kept whole; an update writes into the parameters behind
+their back, so that what comes later finds the new values.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from oracle import _leaves, _run, _tuple
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+class LocalOracle:
+    """One method on one list of stages, trained in one process by the definition."""
+
+    def __init__(self, stages: list[nn.Sequential], heads: list[nn.Module | None], *, window: int, farthest: bool,
+                 hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9) -> None:
+        self.stages, self.heads, self.window, self.farthest, self.hops, self.k = stages, heads, window, farthest, hops, k
+        self.parameters = [[*s.parameters(), *(h.parameters() if h is not None else ())] for s, h in zip(stages, heads)]
+        self.optimizers = [torch.optim.SGD(p, lr=lr, momentum=momentum) for p in self.parameters]
+        self.losses: dict[tuple[int, int], float] = {}
+        self.grads: dict[tuple[int, int], list[Tensor]] = {}
+        self._done = [0] * len(stages)
+
+    def losses_of(self, s: int) -> list[int]:
+        """The stages whose losses stage s learns from."""
+        last = min(s + self.window, len(self.stages)) - 1
+        return [last] if self.farthest else list(range(s, last + 1))
+
+    def train(self, data: list[tuple[Tensor, Tensor]]) -> None:
+        J, (a, b) = len(self.stages), self.hops
+        wanted = {loss for s in range(J) for loss in self.losses_of(s)}
+        made: dict[tuple[int, int], Any] = {}  # (m, s): the stage's leaves and output
+        at_output: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}  # (m, loss, s): that loss's gradient at s's output
+        head_grads: dict[tuple[int, int], list[Tensor]] = {}
+        for tick in range(len(data) + (a + b) * J + 1):
+            for s in range(J):
+                m = tick - a * s
+                if not 0 <= m < len(data):
+                    continue
+                x = data[m][0] if s == 0 else tuple(t.detach() for t in _tuple(made[m, s - 1][1]))
+                if s > 0 and not isinstance(made[m, s - 1][1], tuple):
+                    x = x[0]
+                leaves = _leaves(x)
+                y = _run(self.stages[s], leaves)
+                made[m, s] = (leaves, y)
+                if s in wanted:
+                    self._own_loss(m, s, y, data[m][1], at_output, head_grads)
+                    self._pass_down(m, s, s, made, at_output)
+                    if s == self.losses_of(s)[-1]:
+                        self._learn(m, s, made, at_output, head_grads)
+            for s in range(J):
+                for distance in range(1, self.window):
+                    loss = s + distance
+                    m = tick - a * loss - b * distance
+                    if loss >= J or not 0 <= m < len(data) or loss not in wanted:
+                        continue
+                    self._pass_down(m, loss, s, made, at_output)
+                    if loss == self.losses_of(s)[-1]:
+                        self._learn(m, s, made, at_output, head_grads)
+
+    def _own_loss(self, m: int, s: int, y: Any, labels: Tensor, at_output: Any, head_grads: Any) -> None:
+        head = self.heads[s]
+        if head is None:  # the last stage: its output is what the loss takes
+            loss = cross_entropy(y.flatten(0, -2), labels.flatten())
+            at_output[m, s, s] = torch.autograd.grad(loss / self.k, [y], retain_graph=True)
+            head_grads[m, s] = []
+        else:
+            ends = _leaves(y)
+            loss = cross_entropy(head(ends).flatten(0, -2), labels.flatten())
+            found = torch.autograd.grad(loss / self.k, [*_tuple(ends), *head.parameters()])
+            at_output[m, s, s], head_grads[m, s] = found[:len(_tuple(ends))], list(found[len(_tuple(ends)):])
+        self.losses[m, s] = loss.item()
+
+    def _pass_down(self, m: int, loss: int, s: int, made: Any, at_output: Any) -> None:
+        """A loss has reached stage s: from its output to its input, which is the output of the stage below."""
+        if s > 0 and loss - (s - 1) < self.window:
+            leaves, y = made[m, s]
+            at_output[m, loss, s - 1] = torch.autograd.grad(list(_tuple(y)), list(_tuple(leaves)), list(at_output[m, loss, s]),
+                                                            retain_graph=True)
+
+    def _learn(self, m: int, s: int, made: Any, at_output: Any, head_grads: Any) -> None:
+        _, y = made[m, s]
+        dy = [sum(parts) for parts in zip(*(at_output[m, loss, s] for loss in self.losses_of(s)))]
+        parameters = list(self.stages[s].parameters())
+        found = torch.autograd.grad(list(_tuple(y)), parameters, dy, retain_graph=True)
+        head = [] if self.heads[s] is None else head_grads[m, s]
+        for p, g in zip(self.parameters[s], [*found, *head]):
+            p.grad = g.clone() if p.grad is None else p.grad + g
+        self.grads[m, s] = list(found)
+        self._done[s] += 1
+        if self._done[s] % self.k == 0:
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters[s])):
+                self.optimizers[s].step()
+            self.optimizers[s].zero_grad()
+
+
+def copies(heads: dict[int, nn.Module], count: int) -> list[nn.Module | None]:
+    """One per stage."""
+    return [copy.deepcopy(heads[s]) if s in heads else None for s in range(count)]
