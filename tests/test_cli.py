@@ -172,13 +172,15 @@ def test_methods() -> None:
     result = run("methods")
     assert result.exit_code == 0
     assert result.stdout == """\
-method      gradient  recover      weights  update   input   hops
-backprop    global    graph        current  flush    stream  (0, 1)
-reversible  global    reconstruct  current  flush    stream  (0, 1)
-pipedream   global    graph        stashed  delayed  stream  (0, 1)
-delayed     global    graph        current  delayed  stream  (0, 1)
-dsp         global    input        current  delayed  stream  (1, 1)
-petra       global    reconstruct  current  delayed  stream  (1, 1)
+method       gradient  recover      weights  update   input   hops
+backprop     global    graph        current  flush    stream  (0, 1)
+reversible   global    reconstruct  current  flush    stream  (0, 1)
+pipedream    global    graph        stashed  delayed  stream  (0, 1)
+delayed      global    graph        current  delayed  stream  (0, 1)
+dsp          global    input        current  delayed  stream  (1, 1)
+petra        global    reconstruct  current  delayed  stream  (1, 1)
+dgl          local     graph        current  delayed  stream  (0, 1)
+overlapping  local     graph        current  delayed  stream  (0, 1)
 """
 
 

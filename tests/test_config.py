@@ -23,18 +23,20 @@ def test_no_block_is_deepspeed() -> None:
 def test_presets() -> None:
     """The table of methods, word by word."""
     table = """
-        backprop    global  graph        current  flush    stream  0,1
-        reversible  global  reconstruct  current  flush    stream  0,1
-        pipedream   global  graph        stashed  delayed  stream  0,1
-        delayed     global  graph        current  delayed  stream  0,1
-        dsp         global  input        current  delayed  stream  1,1
-        petra       global  reconstruct  current  delayed  stream  1,1
+        backprop    global  graph        current  flush    stream  0,1  0
+        reversible  global  reconstruct  current  flush    stream  0,1  0
+        pipedream   global  graph        stashed  delayed  stream  0,1  0
+        delayed     global  graph        current  delayed  stream  0,1  0
+        dsp         global  input        current  delayed  stream  1,1  0
+        petra       global  reconstruct  current  delayed  stream  1,1  0
+        dgl         local   graph        current  delayed  stream  0,1  1
+        overlapping local   graph        current  delayed  stream  0,1  2
     """
     rows = [line.split() for line in table.strip().splitlines()]
     assert [row[0] for row in rows] == list(PRESETS)
-    for name, *axes, hops in rows:
+    for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)))
+        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window))
 
 
 def test_defaults() -> None:
@@ -62,7 +64,7 @@ WRONG: list[tuple[dict[str, Any], str, Any, str, str]] = [
     ({"method": "xyz"}, "decoupled.method", "xyz", "'backprop', 'reversible'", "Take one of these"),
     ({}, "decoupled.method", None, "a method is needed: 'backprop'", 'For example {"method": "petra"}'),
     ({"method": "petra", "stage": 3}, "decoupled", "stage", "'stages'", "Did you mean 'stages'?"),
-    ({"method": "petra", "gradient": "locl"}, "decoupled.gradient", "locl", "'global'", "Did you mean 'global'?"),
+    ({"method": "petra", "gradient": "globl"}, "decoupled.gradient", "globl", "'global'", "Did you mean 'global'?"),
     ({"method": "petra", "recover": "inputs"}, "decoupled.recover", "inputs", "'graph', 'input', 'reconstruct'",
      "Did you mean 'input'?"),
     ({"method": "petra", "weights": "none"}, "decoupled.weights", "none", "'current', 'stashed'", "Take one"),

@@ -13,6 +13,7 @@ from nets import batches, batches_for, varied
 from oracle import Oracle
 
 from ds_decoupled.config import parse_block
+from ds_decoupled.links.message import HEADER_BYTES
 
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
 
@@ -101,7 +102,9 @@ def test_codec() -> None:
     case = {"method": "dsp", "batches": 12, "stages": 3, "lr": 0.01}
     plain = worlds.run(2, engine_cases.train, case)
     short = worlds.run(2, engine_cases.train, {**case, "block": {"codec": "bf16"}})
-    assert 0.5 < short[0]["summary"]["bytes_sent"] / plain[0]["summary"]["bytes_sent"] < 0.65  # headers and labels stay
+    messages = plain[0]["summary"]["messages_sent"]
+    stays = (HEADER_BYTES + 64) * messages + 2 * HEADER_BYTES  # headers, labels or loss; two announcements of a size
+    assert 2 * (short[0]["summary"]["bytes_sent"] - stays) == plain[0]["summary"]["bytes_sent"] - stays
     a, b = engine_cases.merged(plain), engine_cases.merged(short)
     assert any(not torch.equal(a[name], b[name]) for name in a)
     for name in a:
