@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
@@ -14,9 +15,11 @@ from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_spec
 from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
-from ds_decoupled.profile import layer_times
+from ds_decoupled.profile import HeadMaker, layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
+from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
+from ds_decoupled.tensors import Tensors
 
 
 class SeededLayerSpec(LayerSpec):
@@ -87,7 +90,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
         self._stages_setting = stages if stages is not None else given.stages
         self._partition_setting = partition or partition_method or given.partition
         self.sample_input = sample_input
-        self._recover = given.axes().recover
+        axes = given.axes()
+        self._recover, self._window, self._head = axes.recover, axes.window, given.head
         self.placement: Placement
         specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
         if topology is None and num_stages is None:
@@ -113,10 +117,22 @@ class DecoupledPipelineModule(PipelineModuleBase):
             if self.sample_input is None:
                 raise ConfigError(f"{BLOCK}.partition", "profile", "times the layers on a sample input",
                                   "Give DecoupledPipelineModule a sample_input: one micro-batch of inputs.")
-            times = layer_times(layer_specs(self), self.sample_input)
+            times = layer_times(layer_specs(self), self.sample_input, *self._heads())
             # The last stage goes forward and back at once and runs nothing again.
             return [t.cost(self._recover != "graph") for t in times], [t.cost(False) for t in times]
         raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
+
+    def _heads(self) -> tuple[HeadMaker | None, list[int]]:
+        """How the stages' heads are built, and the ends of stages that have one and are known before the layers are cut."""
+        setting = self._starts if self._stages_setting == "blocks" else self._stages_setting
+        if not self._window or not isinstance(setting, list):
+            return None, []
+        device = torch.device(get_accelerator().current_device_name())
+
+        def make(stage: int, given: Tensors, outputs: int) -> nn.Module:
+            return make_head(self._head, given, outputs, 0, stage, None, device, layer_specs(self)[-1])
+
+        return make, [start for start in setting if 0 < start < len(layer_specs(self))]
 
 
 def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int],

@@ -15,7 +15,7 @@ class Method:
         label: its name there.
         runner: what runs it: ``engine`` (ours), ``deepspeed`` (its own), ``dualpipev`` (its own), or a bare loop.
         block: the JSON's ``decoupled`` block, where ours runs it.
-        recover: the axis of this name, which says what a layer costs in the balance.
+        cost: what a layer costs in the balance: a value of the ``recover`` axis, or ``local``: with its stage's head.
         one_rank: whether it can run on a single rank.
         ranks: whether it can run on several.
         copies: on several ranks, each runs the whole of it for itself: as much as the machine's cores can do side by side.
@@ -25,22 +25,22 @@ class Method:
     label: str
     runner: str
     block: dict[str, Any] = field(default_factory=dict)
-    recover: str = "graph"
+    cost: str = "graph"
     one_rank: bool = True
     ranks: bool = True
     copies: bool = False
     extra: bool = False
 
 
-def _ours(label: str, recover: str, method: str, extra: bool = False, **block: Any) -> Method:
-    return Method(label, "engine", {"method": method, "stages": "blocks", **block}, recover, extra=extra)
+def _ours(label: str, cost: str, method: str, extra: bool = False, **block: Any) -> Method:
+    return Method(label, "engine", {"method": method, "stages": "blocks", **block}, cost, extra=extra)
 
 
 METHODS: dict[str, Method] = {
     "bare-backprop": Method("backpropagation, bare loop", "bare-backprop", ranks=False),
-    "bare-petra": Method("PETRA, bare loop", "bare-petra", recover="reconstruct", ranks=False),
+    "bare-petra": Method("PETRA, bare loop", "bare-petra", cost="reconstruct", ranks=False),
     "bare-backprop-copies": Method("backpropagation, a bare loop on each core", "bare-backprop", one_rank=False, copies=True),
-    "bare-petra-copies": Method("PETRA, a bare loop on each core", "bare-petra", recover="reconstruct", one_rank=False,
+    "bare-petra-copies": Method("PETRA, a bare loop on each core", "bare-petra", cost="reconstruct", one_rank=False,
                                 copies=True),
     "petra": _ours("petra", "reconstruct", "petra"),
     "petra-01": _ours("petra, hops (0, 1)", "reconstruct", "petra", hops=[0, 1]),
@@ -49,11 +49,14 @@ METHODS: dict[str, Method] = {
     "delayed": _ours("delayed", "graph", "delayed"),
     "pipedream": _ours("pipedream", "graph", "pipedream"),
     "reversible": _ours("reversible", "reconstruct", "reversible"),
+    "dgl": _ours("dgl", "local", "dgl"),
+    "dgl-chunked": Method("dgl, one stage a rank", "engine", {"method": "dgl", "stages": "ranks"}, one_rank=False),
+    "overlapping": _ours("overlapping, window 2", "local", "overlapping", extra=True),
     "petra-compiled": _ours("petra, compiled", "reconstruct", "petra", extra=True, compile=True),
     "dsp-compiled": _ours("dsp, compiled", "input", "dsp", extra=True, compile=True),
     "delayed-compiled": _ours("delayed, compiled", "graph", "delayed", extra=True, compile=True),
     "1f1b": Method("DeepSpeed 1F1B", "deepspeed"),
-    "1f1b-checkpoint": Method("DeepSpeed 1F1B, checkpointed", "deepspeed", recover="input", one_rank=False),
+    "1f1b-checkpoint": Method("DeepSpeed 1F1B, checkpointed", "deepspeed", cost="input", one_rank=False),
     "dualpipev": Method("DeepSpeed DualPipeV", "dualpipev", one_rank=False),
 }
 """By the name that ``--methods`` takes."""
@@ -126,6 +129,7 @@ def laws(ranks: int, k: int) -> list[Law]:
                 petra / 1F1B                   3(1+(P-1)/k)/4
                 delayed / 1F1B                 1+(P-1)/k
                 petra / checkpointed 1F1B      1+(P-1)/k
+                dgl / 1F1B                     1+(P-1)/k       less what its heads cost
     """
     def at(method: str, p: int = ranks) -> Configuration:
         return Configuration(method, p, k)
@@ -135,6 +139,7 @@ def laws(ranks: int, k: int) -> list[Law]:
             Law("engine, petra / bare PETRA loop", at("petra"), at("bare-petra"), 1.0, 1 / 1.05),
             Law("petra / bare backpropagation", at("petra"), at("bare-backprop"), 3 / 4, 4 / 3 / 1.40),
             Law("engine, delayed / bare backpropagation", at("delayed"), at("bare-backprop"), 1.0, 1 / 1.05),
+            Law("dgl / delayed (what heads cost)", at("dgl"), at("delayed"), 1.0, 0.0),
             *(Law(f"{METHODS[m].label}, compiled / not", at(f"{m}-compiled"), at(m), 1.0, 0.0)
               for m in ("petra", "dsp", "delayed")),
             Law("DeepSpeed / bare backpropagation", at("1f1b"), at("bare-backprop"), 1.0, 0.0),
@@ -144,11 +149,13 @@ def laws(ranks: int, k: int) -> list[Law]:
         *(Law(f"{METHODS[m].label}, {ranks} at once / one alone", at(f"{m}-copies"), at(m, 1), ranks, 0.0)
           for m in ("bare-backprop", "bare-petra")),
         *(Law(f"{METHODS[m].label}, P={ranks} / P=1", at(m), at(m, 1), ranks, 0.9)
-          for m in ("petra", "petra-01", "dsp", "delayed", "pipedream")),
+          for m in ("petra", "petra-01", "dsp", "delayed", "pipedream", "dgl", "overlapping")),
         Law("petra / 1F1B", at("petra"), at("1f1b"), 0.75 * bubble, 0.95),
         Law("petra (0, 1) / 1F1B", at("petra-01"), at("1f1b"), 0.75 * bubble, 0.95),
         Law("delayed / 1F1B", at("delayed"), at("1f1b"), bubble, 0.95),
         Law("petra / checkpointed 1F1B", at("petra"), at("1f1b-checkpoint"), bubble, 0.95),
+        *(Law(f"{METHODS[m].label} / 1F1B (law without heads)", at(m), at("1f1b"), bubble, 0.0)
+          for m in ("dgl", "dgl-chunked", "overlapping")),
         Law("1F1B, P / P=1 (its own law)", at("1f1b"), at("1f1b", 1), ranks / bubble, 0.0),
         Law("split backward / petra", at("petra-split"), at("petra"), 1.0, 0.0),
         Law("petra / DualPipeV", at("petra"), at("dualpipev"), 0.75, 0.0),

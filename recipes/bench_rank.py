@@ -32,7 +32,10 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import Tensor, nn
 
 import ds_decoupled
+from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import layer_times
+from ds_decoupled.stages.heads import make_head
+from ds_decoupled.tensors import Tensors
 
 SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 """The update costs what it costs in training; so small a rate keeps random labels from leading anywhere."""
@@ -154,7 +157,8 @@ def build(configuration: Configuration, model: Model, bounds: list[int], *, bloc
     else:
         if configuration.method == "1f1b-checkpoint":
             common |= {"activation_checkpoint_interval": 1, "activation_checkpoint_func": non_reentrant_checkpoint}
-        pipeline = ds_decoupled.DecoupledPipelineModule(specs, config=config, partition=bounds, **common)
+        pipeline = ds_decoupled.DecoupledPipelineModule(specs, config=config, partition=bounds,
+                                                         sample_input=next(model.batches())[0], **common)
     engine, *_ = ds_decoupled.initialize(model=pipeline, config=config, model_parameters=list(pipeline.parameters()))
     call = partial(engine.train_batch, batches)
     if method.runner != "engine":
@@ -248,14 +252,20 @@ def serve(pipe: Connection, configuration: Configuration, model: Model, bounds: 
 
 
 def profile(pipe: Connection, model: Model) -> None:
-    """Measured seconds of every layer, by value of the ``recover`` axis, as ``"partition": "profile"`` measures them."""
+    """Measured seconds of every layer, by what ``Method.cost`` names, as ``"partition": "profile"`` measures them."""
     deepspeed.init_distributed(dist_backend="gloo")
     sample, _ = next(model.batches())
-    times = layer_times(model.specs(), sample)
+    specs = model.specs()
+
+    def head(stage: int, given: Tensors, outputs: int) -> nn.Module:
+        return make_head(None, given, outputs, 0, stage, None, torch.device("cpu"), specs[-1])
+
+    times = layer_times(specs, sample, head, block_starts(specs)[1:])
     last = len(times) - 1  # the last layer's stage goes forward and back at once
-    costs = {recover: [t.cost(recover != "graph" and i < last) for i, t in enumerate(times)]
-             for recover in ("graph", "input", "reconstruct")}
-    pipe.send(("profiled", costs))
+    alone = [t._replace(head=0.0) for t in times]
+    costs = {cost: [t.cost(cost != "graph" and i < last) for i, t in enumerate(alone)]
+             for cost in ("graph", "input", "reconstruct")}
+    pipe.send(("profiled", {**costs, "local": [t.cost(False) for t in times]}))
 
 
 def rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, task: Callable[..., None],

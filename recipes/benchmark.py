@@ -86,7 +86,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if max(args.ranks) > layers:
         parser.error(f"--ranks {max(args.ranks)}: {args.model} has {layers} layers, and a rank needs one at least")
     if not model_of(args).streams:
-        reversible = [m for m in args.methods if METHODS[m].recover == "reconstruct"]
+        reversible = [m for m in args.methods if METHODS[m].cost == "reconstruct"]
         args.methods = [m for m in args.methods if m not in reversible]
         print(f"{args.model} has no layer that can be inverted: leaving out {', '.join(reversible)}", file=sys.stderr)
     return args
@@ -99,7 +99,7 @@ def model_of(args: argparse.Namespace) -> Model:
 
 
 def measure_layers(start: Callable[..., World], model: Model) -> dict[str, list[float]]:
-    """Seconds of every layer, by value of the ``recover`` axis: measured once, so that all are cut by the same numbers."""
+    """Seconds of every layer, by what ``Method.cost`` names: measured once, so that all are cut by the same numbers."""
     world = start(1, profile, model)
     times: dict[str, list[float]] = world.answers()[0]
     world.end()
@@ -110,7 +110,7 @@ def bounds_for(configuration: Configuration, times: dict[str, list[float]]) -> l
     """The layers at which ranks begin, balanced by what they cost under this method."""
     method = METHODS[configuration.method]
     parts = configuration.ranks * (2 if method.runner == "dualpipev" else 1)
-    return balanced_bounds(times[method.recover], parts)
+    return balanced_bounds(times[method.cost], parts)
 
 
 def measure(start: Callable[..., World], model: Model, chosen: list[Configuration], times: dict[str, list[float]],
@@ -170,7 +170,7 @@ def speed(args: argparse.Namespace, model: Model) -> tuple[str, dict[str, Any]]:
     cuts: dict[tuple[str, ...], list[str]] = {}
     for c, m in measured.items():
         if c.ranks > 1 and not METHODS[c.method].copies:
-            cost = times[METHODS[c.method].recover]
+            cost = times[METHODS[c.method].cost]
             shares = [sum(cost[a:b]) / sum(cost) for a, b in zip(m.bounds, m.bounds[1:])]
             row = str(c.ranks), str(m.bounds), " / ".join(f"{share:.1%}" for share in shares)
             cuts.setdefault(row, []).append(c.label)
