@@ -19,7 +19,7 @@ from ds_decoupled.errors import ConfigError
 
 Gradient = Literal["global", "local"]
 Recover = Literal["graph", "input", "reconstruct"]
-Weights = Literal["current", "stashed"]
+Weights = Literal["current", "stashed", "predicted"]
 Update = Literal["flush", "delayed"]
 Input = Literal["stream"]
 Codec = Literal["none", "bf16"]
@@ -103,8 +103,11 @@ class DecoupledConfig(BaseModel):
         gradient, recover, weights, update, input: override one axis of the preset.
         window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
         losses: which of the window's losses a stage learns from: their ``"sum"`` or the ``"farthest"`` alone.
-        head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS` or ``"module:callable"``; by
-            default ``"lm"`` where stages give ``(N, T, width)``, else ``"mlp-sr"``.
+        head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own last
+            layers, or ``"module:callable"`` (:mod:`ds_decoupled.nn.heads`); by default ``"lm"`` where stages give
+            ``(N, T, width)``, else ``"mlp-sr"``.
+        head_refresh: updates after which a shared head is brought up to date.
+        ensemble: whether evaluation asks all heads, and takes the mean of their probabilities.
         input_shape: of one sample, so that heads can be built where the module has no ``sample_input``; token ids have one
             dimension.
         queue: micro-batches that a stage may run ahead of the next where nothing comes back from it.
@@ -134,6 +137,8 @@ class DecoupledConfig(BaseModel):
     window: int | None = None
     losses: str = "sum"
     head: str | None = None
+    head_refresh: int = 50
+    ensemble: bool = False
     input_shape: list[int] | None = None
     queue: int = 8
     stage_lr: list[float] | None = None
@@ -160,7 +165,8 @@ class DecoupledConfig(BaseModel):
         return replace(axes, window=self._window(axes)) if axes.gradient == "local" else self._without_window(axes)
 
     def _without_window(self, axes: Axes) -> Axes:
-        for name, default in (("window", None), ("losses", "sum"), ("head", None), ("stop_after", None)):
+        for name, default in (("window", None), ("losses", "sum"), ("head", None), ("head_refresh", 50), ("ensemble", False),
+                              ("stop_after", None)):
             if getattr(self, name) != default:
                 raise ConfigError(f"{BLOCK}.{name}", getattr(self, name), "it belongs to stage-local losses",
                                   'Take "method": "dgl" or "overlapping", or leave it out.')
@@ -168,6 +174,9 @@ class DecoupledConfig(BaseModel):
             raise ConfigError(f"{BLOCK}.weights", "stashed",
                               'with "update": "flush" the weights are the same in the forward and the backward pass',
                               'Take "weights": "current", or "update": "delayed".')
+        if axes.weights == "predicted" and (axes.flush or axes.recover == "graph"):
+            raise ConfigError(f"{BLOCK}.weights", "predicted", "the backward pass runs with the current weights, which needs "
+                              'a delayed update, and "recover": "input" or "reconstruct"', 'Take "method": "dsp" or "petra".')
         return replace(axes, window=0)
 
     def _window(self, axes: Axes) -> int:
@@ -180,7 +189,8 @@ class DecoupledConfig(BaseModel):
         if axes.flush:
             raise ConfigError(f"{BLOCK}.update", "flush", "stages with a loss of their own wait for no flush",
                               'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.')
-        for name, value, only in (("recover", axes.recover, "graph"), ("split_backward", self.split_backward, False)):
+        for name, value, only in (("recover", axes.recover, "graph"), ("weights", axes.weights, "current"),
+                                  ("split_backward", self.split_backward, False)):
             if value != only:
                 raise ConfigError(f"{BLOCK}.{name}", value, "with local losses a stage goes back through its graph at once",
                                   f'Leave "{name}" out.')
@@ -222,6 +232,13 @@ def _check(config: DecoupledConfig) -> None:
     _choice(f"{BLOCK}.losses", config.losses, ("sum", "farthest"))
     if config.queue < 1:
         raise ConfigError(f"{BLOCK}.queue", config.queue, "a number of micro-batches, at least 1")
+    if config.head_refresh < 1:
+        raise ConfigError(f"{BLOCK}.head_refresh", config.head_refresh, "a number of updates, at least 1")
+    if any(limit is not None and limit < 0 for limit in config.stop_after or ()):
+        raise ConfigError(f"{BLOCK}.stop_after", config.stop_after, "a number of updates for each stage, 0 for a frozen one",
+                          "null is for a stage that never stops.")
+    if any(factor < 0 for factor in config.stage_lr or ()):
+        raise ConfigError(f"{BLOCK}.stage_lr", config.stage_lr, "a factor for each stage, none below 0")
     if isinstance(config.stages, str):
         _choice(f"{BLOCK}.stages", config.stages, ("ranks", "blocks"))
     elif isinstance(config.stages, int):

@@ -22,15 +22,16 @@ from torch import Tensor
 from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.config import BLOCK, DecoupledConfig
-from ds_decoupled.errors import ConfigError
+from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.links import CODECS, Message
+from ds_decoupled.local_losses import LocalLosses, check_local
 from ds_decoupled.network import Network
+from ds_decoupled.nn.heads import add_up, ensemble
 from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.stages.heads import build_heads, groups_with_heads
+from ds_decoupled.stages.heads import groups_with_heads
 from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
@@ -51,8 +52,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.decoupled = decoupled
         self.axes = decoupled.axes()
         self.placement = placement
-        _check_local(decoupled, placement.stages)
+        check_local(decoupled, placement)
         self.stages: dict[int, Stage] = {}
+        self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         super().__init__(*args, **kwargs)
         self.optimizer = StageOptimizers(self.stage_optimizers)
@@ -67,6 +69,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
                                track=decoupled.track_gradients > 0,
                                queue=decoupled.queue + self.axes.hops[0] if self.axes.window == 1 else None)
+        self._set_leads()
         self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None
         self.holds_loss = last in self.stages
         self._top = max(self.stages)
@@ -119,8 +122,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
         if self.axes.window:
-            build_heads(self.stages, self.module, self.decoupled, self.placement, rank, self.train_micro_batch_size_per_gpu(),
-                        self.device)
+            self.local = LocalLosses(self)
 
     def _local_stage(self, index: int, *args: Any) -> LocalStage:
         return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
@@ -149,6 +151,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
         self._train_mode()
+        if self.local is not None:
+            self.local.before_batch(ended=self._end is not None)
         self._losses.clear()
         if self._end is None:
             self._fed += self.plan.k
@@ -202,6 +206,12 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             raise RuntimeError("set_train_batch_size() needs an empty pipeline: call drain() first")
         super().set_train_batch_size(train_batch_size)
         self.plan = replace(self.plan, k=self.micro_batches)
+        self._set_leads()
+
+    def _set_leads(self) -> None:
+        """How many updates a stage makes between a forward pass and its backward pass."""
+        for index, stage in self.stages.items():
+            stage.weights.lead = self.plan.ticks.delay(index) / self.plan.k
 
     def _run_ticks(self, end: int) -> None:
         """Work through this rank's list up to tick ``end``."""
@@ -356,9 +366,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             return
         local.weights.before_update()
         self.stage_optimizers[stage].step()
-        limit = self.decoupled.stop_after[stage] if self.decoupled.stop_after is not None else None
-        if limit is not None and self.stage_optimizers[stage].updates >= limit:
-            self._local(stage).stop()
+        if self.local is not None:
+            self.local.after_update(stage)
 
     def _send_activation(self, stage: int, micro_batch: int) -> None:
         if not self._ended(micro_batch):
@@ -434,15 +443,22 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 raise
             batch = self.batch_fn(batch) if self.batch_fn else batch
             x, labels = (to_device(part if isinstance(part, Tensor) else tuple(part), self.device) for part in batch)
+            votes: list[Tensor] = []
         else:
-            x, labels = self.network.recv_evaluation(micro_batch).parts
+            x, labels, *votes = self.network.recv_evaluation(micro_batch).parts
         for stage in self.stages.values():
             x = stage.plain_forward(micro_batch, x)
+            votes += self._votes(stage, x)
         if self.holds_loss:
+            x = ensemble(votes, x) if votes and isinstance(x, Tensor) else x
             loss = self.stages[self._top].loss(x, labels) if compute_loss else x
             return loss, x
-        self.network.send_evaluation(Message(micro_batch, (x, labels)))
+        self.network.send_evaluation(Message(micro_batch, (x, labels, *add_up(votes))))
         return None
+
+    def _votes(self, stage: Stage, outputs: Tensors) -> list[Tensor]:
+        """What the stage's head says, where heads are asked."""
+        return [stage.vote(outputs)] if self.decoupled.ensemble and isinstance(stage, LocalStage) and stage.head else []
 
     # -- checkpoints and reports ----------------------------------------------------------------------------------------------
 
@@ -465,16 +481,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def stage_metrics(self) -> list[dict[str, float]]:
         """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global
         gradient only the last stage has a loss, and the list is empty."""
-        local = {s: stage.take_metrics() for s, stage in self.stages.items() if isinstance(stage, LocalStage)}
-        found = {s: metrics for part in compat.gather_objects(local) for s, metrics in part.items()}
-        return [found[s] for s in sorted(found)]
+        return self.local.metrics() if self.local is not None else []
 
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
         local = {
             "records": {s: stage.peak_in_flight for s, stage in self.stages.items()},
             "updates": {s: stage.updates for s, stage in self.stage_optimizers.items()},
-            "bytes": self.network.bytes_sent(), "messages": self.network.messages_sent(),
+            "bytes": self.network.bytes_sent() + (self.local.bytes_sent if self.local is not None else 0),
+            "messages": self.network.messages_sent(),
             "tracked": self.tracker.results if self.tracker is not None else [],
         }
         parts = compat.gather_objects(local)
@@ -490,14 +505,3 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
                                            key=lambda row: (row["micro_batch"], row["stage"]))}
 
-
-def _check_local(decoupled: DecoupledConfig, stages: int) -> None:
-    """What can be checked only once J is known."""
-    window = decoupled.axes().window
-    if window > stages:
-        raise ConfigError(f"{BLOCK}.window", window, f"at most the number of stages, which is {stages}",
-                          "Take a smaller window or more stages.")
-    for name in ("stage_lr", "stop_after"):
-        value = getattr(decoupled, name)
-        if value is not None and len(value) != stages:
-            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages")

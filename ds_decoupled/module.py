@@ -130,7 +130,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         device = torch.device(get_accelerator().current_device_name())
 
         def make(stage: int, given: Tensors, outputs: int) -> nn.Module:
-            return make_head(self._head, given, outputs, 0, stage, None, device, layer_specs(self)[-1])
+            return make_head(self._head, given, outputs, 0, stage, None, device, layer_specs(self))
 
         return make, [start for start in setting if 0 < start < len(layer_specs(self))]
 

@@ -258,7 +258,7 @@ def profile(pipe: Connection, model: Model) -> None:
     specs = model.specs()
 
     def head(stage: int, given: Tensors, outputs: int) -> nn.Module:
-        return make_head(None, given, outputs, 0, stage, None, torch.device("cpu"), specs[-1])
+        return make_head(None, given, outputs, 0, stage, None, torch.device("cpu"), specs)
 
     times = layer_times(specs, sample, head, block_starts(specs)[1:])
     last = len(times) - 1  # the last layer's stage goes forward and back at once

@@ -226,11 +226,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(clean(content), indent=2, allow_nan=False) + "\n")
 
 
-def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    """Curves as points ``(x, y)``, those without a value left out.
+Curves = dict[str, list[tuple[float, float]]]
+"""Points ``(x, y)`` by the curve's name; those without a value are left out."""
+
+
+def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, Curves],
+                by_stage: dict[str, Curves] | None = None) -> None:
+    """One picture.
 
     Args:
-        axes: the left axis's name and its curves by name; if there is a second one, the right axis's.
+        axes: the left axis's name and its curves; if there is a second one, the right axis's.
+        by_stage: panels below, with one curve a stage; those without curves are left out.
     """
     import matplotlib
 
@@ -238,18 +244,30 @@ def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, dict[str, l
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    figure, first = plt.subplots(figsize=(7, 4), layout="constrained")
+    below = {name: curves for name, curves in (by_stage or {}).items() if curves}
+    figure, grid = plt.subplots(1 + len(below), figsize=(7, 4 + 3 * len(below)), layout="constrained", sharex=True,
+                                squeeze=False)
+    first, *panels = grid[:, 0]
+
+    def draw(axis: Any, name: str, points: list[tuple[float, float]], colour: Any) -> None:
+        known = [(x, y) for x, y in points if math.isfinite(y)]
+        axis.plot([x for x, _ in known], [y for _, y in known], marker=".", color=colour, label=name)
+
     colours = iter(f"C{i}" for i in range(10))
     for number, (axis_name, curves) in enumerate(axes.items()):
         axis = first if number == 0 else first.twinx()
         for name, points in curves.items():
             colour = next(colours)
-            known = [(x, y) for x, y in points if math.isfinite(y)]
-            axis.plot([x for x, _ in known], [y for _, y in known], marker=".", color=colour, label=name)
+            draw(axis, name, points, colour)
         axis.set_ylabel(axis_name, color=colour if len(curves) == 1 else "black")
         if len(curves) > 1:
             axis.legend()
-    first.set_xlabel(x_name)
+    for panel, (axis_name, curves) in zip(panels, below.items()):
+        for place, (name, points) in enumerate(curves.items()):
+            draw(panel, name, points, plt.get_cmap("viridis")(place / max(1, len(curves) - 1)))
+        panel.set_ylabel(axis_name)
+        panel.legend(fontsize="small", ncols=2)
+    (panels or [first])[-1].set_xlabel(x_name)
     first.xaxis.set_major_locator(MaxNLocator(integer=True))
     first.set_title(title)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,8 @@ def tables(runs: Mapping[Setting, dict[str, Any]]) -> str:
         lines = []
         for row in (row for row in rows if row.setting.k == k):
             s = row.setting
-            further = [*([f"lr_by_delay {s.lr_by_delay}"] if s.lr_by_delay else []), *([s.params] if s.params != "{}" else [])]
+            further = [f"lr_by_delay {s.lr_by_delay}"] * bool(s.lr_by_delay)
+            further += [text for text in (s.params, s.block) if text != "{}"]
             spread = f" ± {stdev(row.losses):.3f}" if len(row.losses) > 1 else ""
             where = ["–", "–"] if s.method == "backprop" else [str(s.stages), f"({s.hops[0]}, {s.hops[1]})"]
             lines.append([s.optimizer, s.method, *where, f"{s.delay:g}", f"{s.lr:g}", f"{s.embedding_std:g}",

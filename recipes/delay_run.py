@@ -99,6 +99,7 @@ class Setting:
         embedding_std: scale of the streams at the start.
         lr_by_delay: as in the ``decoupled`` block.
         params: further parameters of the optimizer, as JSON text.
+        block: further settings of the ``decoupled`` block, as JSON text.
         seed: of weights and data.
     """
 
@@ -112,6 +113,7 @@ class Setting:
     lr_by_delay: int = 0
     params: str = "{}"
     seed: int = 0
+    block: str = "{}"
 
     @property
     def delay(self) -> float:
@@ -127,7 +129,7 @@ class Setting:
         """For messages."""
         where = "" if self.method == "backprop" else f" J={self.stages} hops={self.hops[0]},{self.hops[1]}"
         more = f" lr_by_delay={self.lr_by_delay}" if self.lr_by_delay else ""
-        more += f" {self.params}" if self.params != "{}" else ""
+        more += "".join(f" {text}" for text in (self.params, self.block) if text != "{}")
         return (f"{self.method}{where} k={self.k} {self.optimizer} lr={self.lr:g} std={self.embedding_std:g}{more} "
                 f"seed={self.seed}")
 
@@ -136,7 +138,7 @@ class Setting:
         if not self.flushes:
             return self
         stages = 1 if self.method == "backprop" else self.stages
-        return Setting(**{**asdict(self), "stages": stages, "hops": (0, 1), "lr_by_delay": 0})
+        return Setting(**{**asdict(self), "stages": stages, "hops": (0, 1), "lr_by_delay": 0, "block": "{}"})
 
     def config(self, study: Study) -> dict[str, Any]:
         """The DeepSpeed JSON."""
@@ -149,7 +151,7 @@ class Setting:
         if self.method != "backprop":
             block["stages"] = study.stage_bounds(self.stages)
         if not self.flushes:
-            block |= {"hops": list(self.hops), "lr_by_delay": self.lr_by_delay}
+            block |= {"hops": list(self.hops), "lr_by_delay": self.lr_by_delay, **json.loads(self.block)}
         return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": self.k,
                 "gradient_clipping": 0.0, "steps_per_print": 10**9, "optimizer": optimizer, "decoupled": block}
 
@@ -206,7 +208,8 @@ def train(setting: Setting, study: Study, progress: Callable[[int], None]) -> di
     updates = study.micro_batches // setting.k
     gpt = GPTConfig(study.blocks, study.width, study.heads, embedding_std=setting.embedding_std)
     model = ds_decoupled.DecoupledPipelineModule(build_gpt(gpt), config=copy.deepcopy(config), num_stages=1,
-                                                 loss_fn=next_token_loss, base_seed=setting.seed)
+                                                 loss_fn=next_token_loss, base_seed=setting.seed,
+                                                 sample_input=torch.zeros(study.micro_batch, study.sequence, dtype=torch.long))
     engine, *_ = ds_decoupled.initialize(
         model=model, config=copy.deepcopy(config), model_parameters=common.parameter_groups(model),
         lr_scheduler=common.lr_schedule("cosine", updates, round(study.warmup * updates)))

@@ -48,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     grid.add_argument("--embedding_std", type=float, nargs="+", default=[0.3], help="scale of the streams (default: 0.3)")
     grid.add_argument("--lr_by_delay", type=int, nargs="+", default=[0], help="updates of damping (default: 0, none)")
     grid.add_argument("--params", nargs="+", default=["{}"], help="further parameters of the optimizer, as JSON")
+    grid.add_argument("--block", nargs="+", default=["{}"], help="further settings of the decoupled block, as JSON")
     grid.add_argument("--seeds", type=int, nargs="+", default=[0])
     study = parser.add_argument_group("what all runs share")
     study.add_argument("--data", default="topics", help="topics (of Python's documentation), a text file or a folder of them")
@@ -69,13 +70,14 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     for name, least in (("k", 1), ("lr_by_delay", 0)):
         if min(getattr(args, name)) < least:
             raise ConfigError(f"--{name}", min(getattr(args, name)), f"at least {least} is needed")
-    for text in args.params:
-        try:
-            if not isinstance(json.loads(text), dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise ConfigError("--params", text, f"a JSON object is needed ({error})",
-                              'For example {"momentum": 0.9}') from error
+    for option, texts, example in (("--params", args.params, '{"momentum": 0.9}'),
+                                   ("--block", args.block, '{"head": "shared"}')):
+        for text in texts:
+            try:
+                if not isinstance(json.loads(text), dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise ConfigError(option, text, f"a JSON object is needed ({error})", f"For example {example}") from error
     hops = []
     for text in args.hops:
         parts = text.split(",")
@@ -83,9 +85,9 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
             raise ConfigError("--hops", text, "two whole numbers with a comma between them", "For example 0,1 or 1,1")
         hops.append((int(parts[0]), int(parts[1])))
     grid = itertools.product(args.seeds, args.optimizers, args.k, args.methods, args.stages, hops, args.embedding_std,
-                             args.lr_by_delay, args.params)
-    found = [Setting(method, stages, hop, k, optimizer, lr, std, fade, params, seed).simplified()
-             for seed, optimizer, k, method, stages, hop, std, fade, params in grid
+                             args.lr_by_delay, args.params, args.block)
+    found = [Setting(method, stages, hop, k, optimizer, lr, std, fade, params, seed, block).simplified()
+             for seed, optimizer, k, method, stages, hop, std, fade, params, block in grid
              for lr in args.lr or [LEARNING_RATE.get(optimizer, 1e-3)]]
     return sorted(dict.fromkeys(found), key=lambda setting: setting.method != "backprop")
 

@@ -137,6 +137,7 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
         validation_loss=validation[-1],
         perplexity=perplexity(validation[-1]),
         curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation},
+        stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
         sample=text,
     )
     summary["tokens_per_second"] = summary["samples_per_second"] * sequence
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
         {"nats per token": {"training loss": losses, "validation loss": validation}},
         f"validation loss {validation[-1]:.3f} nats{was}, perplexity {summary['perplexity']:.2f}, "
         f"{summary['tokens_per_second']:.0f} tokens/s",
+        by_stage={"the stage's own loss, nats per token": trained.progress.stage_curves("loss")},
     )
     return engine
 

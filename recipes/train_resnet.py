@@ -32,7 +32,7 @@ STEPS_IMAGENET = (30 / 90, 60 / 90, 80 / 90)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="revnet18", choices=MODELS)
-    parser.add_argument("--width", type=int, help="channels of the first group (default: 16 for digits, else 64)")
+    parser.add_argument("--width", type=int, help="channels of the first group (default: 16 for digits, else the paper's)")
     parser.add_argument("--data", default="digits", help=f"one of {', '.join(NAMED)}, or a folder of images or parquet")
     parser.add_argument("--data_root", default="data", help="where torchvision's data sets are (default: data)")
     parser.add_argument("--image_size", type=int, help="pixels a side (default: 16 for digits, else the data's own)")
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
     micro_batch, k, replicas = setup.micro_batch, setup.k, setup.replicas
     images, facts = load(args, setup.holds_data)
     digits = args.data == "digits"
-    width = args.width or (16 if digits else 64)
+    width = args.width or (16 if digits else None)
     epochs = args.epochs if args.epochs is not None else 20 if digits else 300 if facts.form == "cifar10" else 90
     if epochs < 1:
         raise ConfigError("--epochs", epochs, "it must be at least 1")
@@ -135,6 +135,7 @@ def train(args: argparse.Namespace) -> None:
         epochs=epochs,
         test_accuracy=accuracies[-1],
         curves={"train_loss": losses, "test_accuracy": accuracies},
+        stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
     )
     training.report(
         args, summary, summary["method"], f"{summary['method']}: {args.model} on {args.data}, {summary['stages']} stages",
@@ -142,6 +143,7 @@ def train(args: argparse.Namespace) -> None:
         {"training loss": {"training loss": losses}, "test accuracy": {"test accuracy": accuracies}},
         f"test accuracy {summary['test_accuracy']:.2%}, training loss {summary['train_loss']:.4f}, "
         f"{summary['samples_per_second']:.0f} samples/s, peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
+        by_stage={"training accuracy by the stage's head": trained.progress.stage_curves("accuracy")},
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,22 +105,31 @@ class Progress:
         updates: made by the end of the stretch, since the very first.
         train_loss: mean over the stretch's micro-batches that finished; nan if none did.
         score: the test's; nan where none was made.
+        stages: of every stage with a loss of its own, the loss and accuracy of its head; empty for other methods.
     """
 
     updates: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
+    stages: list[list[dict[str, float]]] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         """Updates made so far."""
         return self.updates[-1] if self.updates else 0
 
-    def add(self, updates: int, train_loss: float, score: float) -> None:
+    def add(self, updates: int, train_loss: float, score: float, stages: list[dict[str, float]] | None = None) -> None:
         """One more stretch."""
         self.updates.append(updates)
         self.train_loss.append(train_loss)
         self.score.append(score)
+        self.stages.append(stages or [])
+
+    def stage_curves(self, name: str) -> dict[str, list[float]]:
+        """The ``name`` (loss or accuracy) of each stage's head, by stage; empty where stages have no loss of their own."""
+        count = max((len(stages) for stages in self.stages), default=0)
+        return {f"stage {s}": [stages[s].get(name, math.nan) if s < len(stages) else math.nan for stages in self.stages]
+                for s in range(count)}
 
     @property
     def last_score(self) -> float:
@@ -167,7 +176,8 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         start = time.perf_counter()
         loss = _stretch(engine, loader, end - progress.done, bar)
         seconds += time.perf_counter() - start
-        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan)
+        metrics = engine.stage_metrics() if hasattr(engine, "stage_metrics") else []
+        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics)
         if args.save_checkpoint and (last or (args.save_every and number % args.save_every == 0)):
             # Before the drain, so that a longer run goes on as if it had not been stopped.
             engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}", client_state={"progress": asdict(progress)})
@@ -226,7 +236,8 @@ def summarize(args: argparse.Namespace, setup: Setup, engine: Any, trained: Trai
 
 
 def report(args: argparse.Namespace, summary: dict[str, Any], name: str, title: str, x: tuple[str, Sequence[float]],
-           axes: dict[str, dict[str, Sequence[float]]], line: str) -> None:
+           axes: dict[str, dict[str, Sequence[float]]], line: str,
+           by_stage: Mapping[str, Mapping[str, Sequence[float]]] | None = None) -> None:
     """Write the summary and the picture, print one line and where they are; on rank 0 alone.
 
     Args:
@@ -234,13 +245,17 @@ def report(args: argparse.Namespace, summary: dict[str, Any], name: str, title: 
         title: of the picture, and the line's beginning.
         x, axes: of the curves: name and values of x, then curves by axis and name, as in ``common.plot_curves``.
         line: the result in words.
+        by_stage: more curves, in panels below: by what they show and stage.
     """
     if dist.get_rank() != 0:
         return
     path = args.summary or Path("runs") / f"{name}.json"
     plot = args.plot or path.with_suffix(".png")
     x_name, places = x
-    common.plot_curves(plot, title, x_name, {axis: {curve: list(zip(places, values)) for curve, values in curves.items()}
-                                             for axis, curves in axes.items()})
+
+    def points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, common.Curves]:
+        return {axis: {curve: list(zip(places, values)) for curve, values in curves.items()} for axis, curves in panels.items()}
+
+    common.plot_curves(plot, title, x_name, points(axes), points(by_stage or {}))
     common.write_json(path, summary)
     print(f"{title} on {summary['pipe_ranks']} rank(s): {line}\nsummary: {path}\ncurves: {plot}")

@@ -85,6 +85,23 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             "rank": engine.global_rank, "replica": engine.mpu.get_data_parallel_rank()}
 
 
+def votes(case: dict[str, Any]) -> dict[str, Any]:
+    """After some training: evaluation's logits, and what each stage gave for them."""
+    engine = build(case)
+    data = data_of(case, engine)
+    for _ in range(case["batches"] // case.get("k", 1)):
+        engine.train_batch(data)
+    engine.drain()
+    outputs: dict[int, Any] = {}
+    for index, stage in engine.stages.items():
+        def seen(m: int, x: Any, index: int = index, forward: Any = stage.plain_forward) -> Any:
+            outputs[index] = forward(m, x)
+            return outputs[index]
+        stage.plain_forward = seen
+    _, logits = engine.eval_batch(data_of(case, engine), return_logits=True, num_micro_batches=1)
+    return {"logits": logits, "outputs": outputs, "heads": heads_of(engine), "replica": 0}
+
+
 def merged(results: list[dict[str, Any]], key: str = "state") -> dict[str, torch.Tensor]:
     """The whole model's state, from the ranks of the first replica."""
     whole: dict[str, torch.Tensor] = {}

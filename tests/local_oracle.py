@@ -21,13 +21,25 @@ class LocalOracle:
     """One method on one list of stages, trained in one process by the definition."""
 
     def __init__(self, stages: list[nn.Sequential], heads: list[nn.Module | None], *, window: int, farthest: bool,
-                 hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9) -> None:
+                 hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9, refresh: int = 0) -> None:
         self.stages, self.heads, self.window, self.farthest, self.hops, self.k = stages, heads, window, farthest, hops, k
-        self.parameters = [[*s.parameters(), *(h.parameters() if h is not None else ())] for s, h in zip(stages, heads)]
+        self.refresh = refresh
+        self.parameters = [[*s.parameters(), *self._head_parameters(h)] for s, h in zip(stages, heads)]
         self.optimizers = [torch.optim.SGD(p, lr=lr, momentum=momentum) for p in self.parameters]
         self.losses: dict[tuple[int, int], float] = {}
         self.grads: dict[tuple[int, int], list[Tensor]] = {}
         self._done = [0] * len(stages)
+
+    @staticmethod
+    def _head_parameters(head: nn.Module | None) -> list[nn.Parameter]:
+        return [] if head is None else [p for p in head.parameters() if p.requires_grad]
+
+    def _refresh(self, tick: int) -> None:
+        """Every so many updates the readout that ends each shared head becomes the last stage's."""
+        if self.refresh and tick % (self.k * self.refresh) == 0:
+            for head in self.heads:
+                if head is not None:
+                    head.head[-1].layer.load_state_dict(self.stages[-1][-1].state_dict())
 
     def losses_of(self, s: int) -> list[int]:
         """The stages whose losses stage s learns from."""
@@ -41,6 +53,8 @@ class LocalOracle:
         at_output: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}  # (m, loss, s): that loss's gradient at s's output
         head_grads: dict[tuple[int, int], list[Tensor]] = {}
         for tick in range(len(data) + (a + b) * J + 1):
+            if tick < len(data):
+                self._refresh(tick)
             for s in range(J):
                 m = tick - a * s
                 if not 0 <= m < len(data):
@@ -75,7 +89,7 @@ class LocalOracle:
         else:
             ends = _leaves(y)
             loss = cross_entropy(head(ends).flatten(0, -2), labels.flatten())
-            found = torch.autograd.grad(loss / self.k, [*_tuple(ends), *head.parameters()])
+            found = torch.autograd.grad(loss / self.k, [*_tuple(ends), *self._head_parameters(head)])
             at_output[m, s, s], head_grads[m, s] = found[:len(_tuple(ends))], list(found[len(_tuple(ends)):])
         self.losses[m, s] = loss.item()
 

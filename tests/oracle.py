@@ -45,6 +45,7 @@ class Oracle:
         self.reconstructed: dict[tuple[int, int], Any] = {}
         self.inputs: dict[tuple[int, int], Any] = {}
         self._records: dict[tuple[int, int], Any] = {}
+        self._previous: dict[int, list[Tensor]] = {}  # each stage's weights before its last update
         self._done = [0] * len(stages)
 
     # one stage, one micro-batch
@@ -63,11 +64,21 @@ class Oracle:
                     b.copy_(new)
             self._records[m, s] = (leaves, y, module)
         else:
-            module = copy.deepcopy(live)  # batch-norm statistics of this pass are thrown away with the copy
+            module = self._as_in_forward(s)  # batch-norm statistics of this pass are thrown away with the copy
             with torch.no_grad():
                 y = _run(module, x)
             self._records[m, s] = (x, module if self.weights == "stashed" else None)
         return tuple(t.detach() for t in y) if isinstance(y, tuple) else y.detach()
+
+    def _as_in_forward(self, s: int) -> nn.Sequential:
+        """A copy with the weights of a forward pass: as they are, or where they would be after the updates that pass before its
+        backward pass, if each were the last one again."""
+        module = copy.deepcopy(self.stages[s])
+        if self.weights == "predicted" and s in self._previous:
+            lead = sum(self.hops) * (len(self.stages) - 1 - s) / self.k
+            for p, before in zip(module.parameters(), self._previous[s]):
+                p.data += lead * (p.data - before)
+        return module
 
     def _backward(self, s: int, m: int, y: Any, dy: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
         """Gradients go to the live stage's ``.grad``; returns the input (rebuilt where the method does) and its gradients."""
@@ -139,7 +150,7 @@ class Oracle:
         """The inputs of runs of layers that cannot be undone, as the forward pass met them."""
         if self.recover != "reconstruct":
             return
-        noted, copied = {}, copy.deepcopy(self.stages[s])
+        noted, copied = {}, self._as_in_forward(s)
         previous_reversible = True
         with torch.no_grad():
             for i, layer in enumerate(copied):
@@ -158,6 +169,7 @@ class Oracle:
             nn.utils.clip_grad_norm_(self.stages[s].parameters(), self.clip)
         # A graph in flight holds the parameters themselves; this write is hidden from it, so it finds the new values.
         parameters = list(self.stages[s].parameters())
+        self._previous[s] = [p.detach().clone() for p in parameters]
         with torch.autograd._unsafe_preserve_version_counter(tuple(parameters)):
             self.optimizers[s].step()
         self.optimizers[s].zero_grad()

@@ -87,6 +87,8 @@ WRONG: list[tuple[dict[str, Any], str, Any, str, str]] = [
     ({"method": "reversible", "hops": [1, 1]}, "decoupled.hops", [1, 1], '"update": "flush"', 'Leave "hops" out'),
     ({"method": "pipedream", "update": "flush"}, "decoupled.weights", "stashed", '"update": "flush"',
      'Take "weights": "current"'),
+    ({"method": "delayed", "weights": "predicted"}, "decoupled.weights", "predicted", '"recover": "input"', '"dsp" or "petra"'),
+    ({"method": "dgl", "weights": "predicted"}, "decoupled.weights", "predicted", "local losses", 'Leave "weights" out'),
     ({"method": "petra", "track_gradients": -1}, "decoupled.track_gradients", -1, "0 (never)", "For example 100"),
     ({"method": "petra", "track_gradients": True}, "decoupled.track_gradients", True, "integer", "without quotes"),
     ({"method": "petra", "split_backward": "yes"}, "decoupled.split_backward", "yes", "boolean", "without quotes"),

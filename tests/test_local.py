@@ -27,7 +27,8 @@ def compare(case: dict[str, Any], world: int = 1) -> None:
     block = case["block"]
     oracle = LocalOracle(engine_cases.stages_from(initial, case, stage_layers),
                          copies(engine_cases.merged(results, "initial_heads"), len(stage_layers)), window=block["window"],
-                         farthest=block.get("losses") == "farthest", hops=tuple(block.get("hops", (0, 1))), k=case.get("k", 1))
+                         farthest=block.get("losses") == "farthest", hops=tuple(block.get("hops", (0, 1))), k=case.get("k", 1),
+                         refresh=block["head_refresh"] if block.get("head", "").startswith("shared") else 0)
     oracle.train(batches_for(case.get("net", ""), case["batches"], case.get("size", 4)))
     expected = {f"{index}.{name}": value for s, layers in enumerate(stage_layers)
                 for index, layer in zip(layers, oracle.stages[s]) for name, value in layer.state_dict().items()}
@@ -144,6 +145,60 @@ def test_head_that_is_the_last_layer() -> None:
         assert any(not torch.equal(value, last[name]) for name, value in result["heads"][s].head.state_dict().items())
 
 
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("head", ["shared", "shared:2"])
+def test_shared_head(window: int, head: str) -> None:
+    """A read-only readout, brought up to date every second update: the definition, wherever the stages are."""
+    for ranks in (1, 2):
+        compare(case_of({**GPT, "k": 2, "batches": 12}, window, head=head, head_refresh=2), ranks)
+
+
+def test_traffic_of_a_shared_head() -> None:
+    """Each refresh sends the last layer's weights once to every other rank, beside the activations."""
+    sent = []
+    for block in ({"head": "lm"}, {"head": "shared", "head_refresh": 3}):
+        results = worlds.run(3, engine_cases.train, case_of({**GPT, "batches": 7}, 1, **block))
+        sent.append(results[0]["summary"]["bytes_sent"])
+    layer = [value for name, value in results[-1]["state"].items() if name.startswith("5.")]
+    assert sent[1] - sent[0] == 3 * 2 * sum(value.nbytes for value in layer)  # before updates 0, 3 and 6, to two ranks
+
+
+def test_resume_with_a_shared_head(tmp_path: Path) -> None:
+    """The copies are as old as they were."""
+    from test_checkpoint import check
+
+    case = case_of({**GPT, "batches": 18, "k": 3}, 1, head="shared", head_refresh=2)
+    check({**case, "stop": 3}, tmp_path, 2, 3)
+
+
+def test_head_of_copied_layers() -> None:
+    """``last-layers:3``: extra blocks before the unembedding."""
+    compare(case_of(GPT, 1, head="last-layers:3"))
+
+
+def test_frozen_stages() -> None:
+    """``stop_after`` 0: nothing of the lower stages is ever trained."""
+    case = case_of(CNN, 1, stop_after=[0, 0, 0, None, None, None, None])
+    for ranks in (1, 2):
+        results = worlds.run(ranks, engine_cases.train, case)
+        initial, state = (engine_cases.merged(results, key) for key in ("initial", "state"))
+        changed = {int(name.split(".")[0]) for name in state if not torch.equal(initial[name], state[name])}
+        assert changed == {3, 4, 5, 6}
+
+
+def test_ensemble() -> None:
+    """Evaluation by all heads: the mean of their probabilities, on any number of ranks."""
+    found = []
+    for ranks in (1, 3):
+        case = {**case_of({**CNN, "batches": 4}, 1, ensemble=True), "lr": 0.0}
+        results = worlds.run(ranks, engine_cases.votes, case)
+        found.append(results[-1]["logits"])
+        heads, outputs = engine_cases.merged(results, "heads"), engine_cases.merged(results, "outputs")
+        chances = [heads[s].eval()(outputs[s]).softmax(-1) for s in heads] + [outputs[6].softmax(-1)]
+        torch.testing.assert_close(found[-1].exp(), torch.stack(chances).mean(0))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("block, words", [
     ({"window": 0}, ["decoupled.window", "at least 1"]),
     ({"window": 9}, ["decoupled.window", "9", "which is 7"]),
@@ -153,6 +208,11 @@ def test_head_that_is_the_last_layer() -> None:
     ({"head": "lm"}, ["decoupled.head", "hidden states", "mlp-sr"]),
     ({"input_shape": None}, ["decoupled.input_shape", "sample_input"]),
     ({"stop_after": [1, 2]}, ["decoupled.stop_after", "7 stages"]),
+    ({"stop_after": [-1, 2]}, ["decoupled.stop_after", "frozen"]),
+    ({"head": "shared:x"}, ["decoupled.head", "'shared:2'"]),
+    ({"head": "shared", "hops": [1, 1]}, ["decoupled.head", "same micro-batch"]),
+    ({"head": "last-layers:9"}, ["decoupled.head", "copies 9 layers"]),
+    ({"head_refresh": 0}, ["decoupled.head_refresh", "at least 1"]),
     ({"losses": "all"}, ["decoupled.losses", "farthest"]),
 ], ids=lambda value: None if isinstance(value, list) else "-".join(map(str, value.items()))[:40])
 def test_errors(block: dict[str, Any], words: list[str]) -> None:

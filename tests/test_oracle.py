@@ -77,6 +77,13 @@ def test_hops(hops: list[int]) -> None:
     compare({"method": "petra", "batches": 20, "block": {"hops": hops}})
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", ["dsp", "petra"])
+def test_predicted_weights(method: str, ranks: int) -> None:
+    """Forward passes on what the weights are expected to be at the backward pass."""
+    compare({"method": method, "batches": 18, "k": 2, "lr": 0.02, "block": {"weights": "predicted"}}, ranks)
+
+
 def test_other_points_of_the_axes() -> None:
     """Overrides that no preset names."""
     compare({"method": "dsp", "batches": 16, "block": {"weights": "stashed"}})

@@ -10,7 +10,8 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 ===========  ==================================================================================================
 
 For language models ``lm``: RMSNorm and an unembedding. For any model ``last-layer``: a copy of the model's own last layer, with
-the weights that this starts from, so that the heads of a pretrained model make sense from the first step on.
+the weights that this starts from, so that the heads of a pretrained model make sense from the first step on; ``last-layers:3``:
+of the last three, so that extra blocks stand before an unembedding.
 
 Where a stage gives two streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden
 state. A copy of the last layer sees all that the stage gives.
@@ -95,6 +96,67 @@ HEADS: dict[str, HeadBuilder] = {"mlp-sr": mlp_sr, "mlp": mlp, "cnn": cnn, "line
 
 
 LAST_LAYER = "last-layer"
+"""A copy of the model's own last layer; ``last-layers:3`` of the last three, one after the other."""
+
+
+def copied_layers(name: str | HeadBuilder) -> int:
+    """How many of the model's last layers the head copies; 0 for a head of another kind.
+
+    >>> copied_layers("last-layer"), copied_layers("last-layers:3"), copied_layers("lm")
+    (1, 3, 0)
+
+    Raises:
+        ConfigError: if the number is none.
+    """
+    if not isinstance(name, str) or not name.startswith(LAST_LAYER):
+        return 0
+    kind, colon, count = name.partition(":")
+    if not colon and kind == LAST_LAYER:
+        return 1
+    if kind != f"{LAST_LAYER}s" or not count.isdigit() or not int(count):
+        raise ConfigError("decoupled.head", name, "copies of the model's last layers are named 'last-layer' or 'last-layers:n'",
+                          "For example 'last-layers:3'.")
+    return int(count)
+
+
+SHARED = "shared"
+"""A read-only copy of the last stage's last layer; ``shared:2`` behind trainable copies of the two layers before it."""
+
+
+def shared_blocks(name: str | HeadBuilder | None) -> int | None:
+    """How many layers of its own a head has before the shared readout; None for a head of another kind.
+
+    >>> shared_blocks("shared"), shared_blocks("shared:2"), shared_blocks("lm")
+    (0, 2, None)
+
+    Raises:
+        ConfigError: if the number is none.
+    """
+    if not isinstance(name, str) or not name.startswith(SHARED):
+        return None
+    kind, colon, count = name.partition(":")
+    if kind != SHARED or colon and not count.isdigit():
+        raise ConfigError("decoupled.head", name, "shared heads are named 'shared', or 'shared:n' with n layers before the "
+                          "readout", "For example 'shared:2'.")
+    return int(count or 0)
+
+
+class SharedReadout(nn.Module):
+    """A read-only copy of a layer: it passes gradients on and learns nothing, and it is refreshed from time to time."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> SharedReadout:
+        """It is in evaluation mode always."""
+        super().train(False)
+        return self
+
+    def forward(self, x: Any) -> Tensor:
+        logits: Tensor = self.layer(x)
+        return logits
 
 
 class StageHead(nn.Module):
@@ -151,7 +213,7 @@ def _find(name: str) -> HeadBuilder:
         return HEADS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER)))}",
+        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER, SHARED)))}",
                           "A head of your own is named 'module:callable'.")
     try:
         found: HeadBuilder = getattr(importlib.import_module(module), attribute)
@@ -159,3 +221,19 @@ def _find(name: str) -> HeadBuilder:
         raise ConfigError("decoupled.head", name, f"it cannot be imported ({error})",
                           "Is the module on PYTHONPATH?") from error
     return found
+
+
+def add_up(votes: Sequence[Tensor]) -> list[Tensor]:
+    """Several tensors as one; none as none."""
+    return [torch.stack(list(votes)).sum(dim=0)] if votes else []
+
+
+def ensemble(votes: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """Logits of the mean of all heads' probabilities.
+
+    Args:
+        votes: probabilities, or sums of them, of the heads below.
+        logits: of the last stage, ``(..., classes)``.
+    """
+    total = torch.stack([logits.float().softmax(dim=-1), *votes]).sum(dim=0)
+    return (total / total.sum(dim=-1, keepdim=True)).log().to(logits.dtype)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from ds_decoupled.compat import gather_objects, layer_specs
-from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.nn.heads import LAST_LAYER, HeadBuilder, StageHead, build_head
-from ds_decoupled.schedules import Placement, Ticks
+from ds_decoupled.nn.heads import (
+    LAST_LAYER,
+    HeadBuilder,
+    SharedReadout,
+    StageHead,
+    build_head,
+    copied_layers,
+    shared_blocks,
+)
+from ds_decoupled.schedules import Ticks
 from ds_decoupled.stages.batch_norm import frozen_statistics
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.stages.stage import Stage
 from ds_decoupled.tensors import Tensors, as_tuple, map_tensors
+
+if TYPE_CHECKING:
+    from ds_decoupled.engine import DecoupledPipelineEngine
 
 Description = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and types of what a stage gives; what else is in it does not matter here."""
@@ -71,7 +82,8 @@ def outputs_of(stages: Iterable[Stage], inputs: Tensors) -> list[Tensors]:
 
 
 def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed: int, stage: int,
-              like: nn.Parameter | None, device: torch.device, last_layer: Any) -> StageHead:
+              like: nn.Parameter | None, device: torch.device, layers: Sequence[Any],
+              readout: SharedReadout | None = None) -> StageHead:
     """The head of one stage, the same wherever the stage is placed.
 
     Args:
@@ -81,20 +93,25 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         seed, stage: of its initial weights.
         like: a parameter whose type it takes.
         device: where it lives.
-        last_layer: of the whole model, as it was given to the pipeline module.
+        layers: of the whole model, as they were given to the pipeline module.
+        readout: this rank's, for a shared head (by default one of its own).
 
     Raises:
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
     chosen = name if name is not None else "lm" if as_tuple(outputs)[0].dim() == 3 else "mlp-sr"
+    copied, blocks = copied_layers(chosen), shared_blocks(chosen)
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
-        if chosen == LAST_LAYER:
-            head = StageHead(_copy_of(last_layer), takes_all=True)
+        if blocks is not None:
+            own = [_copy_of(layer) for layer in _last(layers, blocks + 1, chosen)[:-1]]
+            head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
+        elif copied:
+            head = StageHead(nn.Sequential(*map(_copy_of, _last(layers, copied, chosen))), takes_all=True)
         else:
             head = build_head(chosen, outputs, count)
     for parameter in head.parameters():
         parameter.use_muon = False  # type: ignore[attr-defined]  # DeepSpeed's Muon asks every parameter
-    head.to(device=device, dtype=like.dtype if like is not None and like.dtype.is_floating_point else None)
+    _place(head, like, device)
     try:
         with torch.no_grad():
             head.eval()(outputs)
@@ -105,34 +122,54 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
     return head.train()
 
 
+def make_readout(layers: Sequence[Any], like: nn.Parameter | None, device: torch.device) -> SharedReadout:
+    """A read-only copy of the last of ``layers``, with the weights that this starts from."""
+    readout = SharedReadout(_copy_of(layers[-1]))
+    _place(readout, like, device)
+    return readout
+
+
+def _place(module: nn.Module, like: nn.Parameter | None, device: torch.device) -> None:
+    module.to(device=device, dtype=like.dtype if like is not None and like.dtype.is_floating_point else None)
+
+
+def _last(layers: Sequence[Any], count: int, name: Any) -> Sequence[Any]:
+    if count > len(layers):
+        raise ConfigError("decoupled.head", name, f"it copies {count} layers of the model, which has {len(layers)}")
+    return layers[-count:]
+
+
 def _copy_of(layer: Any) -> nn.Module:
     if isinstance(layer, LayerSpec) and not isinstance(layer, TiedLayerSpec):
         built: nn.Module = layer.build()
         return built
     if isinstance(layer, nn.Module) and next(layer.parameters(), None) is not None:
         return copy.deepcopy(layer)
-    raise ConfigError("decoupled.head", LAST_LAYER, f"the model's last layer, {layer!r:.60}, has no weights of its own",
+    raise ConfigError("decoupled.head", LAST_LAYER, f"{layer!r:.60}, among the model's last layers, has no weights of its own",
                       "Untie it, or take another head.")
 
 
-def build_heads(stages: Mapping[int, Stage], module: Any, config: DecoupledConfig, placement: Placement, rank: int,
-                micro_batch: int, device: torch.device) -> None:
+def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
     """Give this rank's stages their heads: a blank sample passes through all stages, rank by rank. A collective call.
+
+    Returns:
+        The copy of the last layer that the rank's heads share, if they do.
 
     Raises:
         ConfigError: on every rank, if any head cannot be built.
     """
+    module, config, placement, stages = engine.module, engine.decoupled, engine.placement, engine.stages
     window, last = config.axes().window, placement.stages - 1
     first_loss = Ticks.local(placement.stages, (0, 1), window, config.losses == "farthest").first_loss
-    sample = sample_of(module, config.input_shape, micro_batch)
+    sample = sample_of(module, config.input_shape, engine.train_micro_batch_size_per_gpu())
     passed = describe(sample), isinstance(sample, Tensor)
     here: list[Tensors] = []
     for turn in range(placement.ranks):
         given: Any = None
-        if turn == rank:
+        if turn == placement.rank_of_stage[min(stages)]:
             description, single = passed
             try:
-                here = outputs_of(stages.values(), blank(description, single, device))
+                here = outputs_of(stages.values(), blank(description, single, engine.device))
                 given = describe(here[-1]), isinstance(here[-1], Tensor)
             except Exception as error:
                 given = f"a blank sample of shape {[tuple(shape) for shape, _ in description]} does not pass: {error}"
@@ -141,17 +178,39 @@ def build_heads(stages: Mapping[int, Stage], module: Any, config: DecoupledConfi
             raise ConfigError("decoupled.input_shape", config.input_shape, passed, "Is it the shape of one of its inputs?")
     outputs = passed[0][0][0][-1]
     failure: ConfigError | None = None
+    readout: SharedReadout | None = None
     try:
+        like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
+        if shared_blocks(config.head) is not None:
+            readout = make_readout(layer_specs(module), like, engine.device)
         for (index, stage), given in zip(stages.items(), here):
             if isinstance(stage, LocalStage) and first_loss <= index < last:
-                like = next((p for p in stage.parameters if p.is_floating_point()), None)
-                stage.head = make_head(config.head, given, outputs, getattr(module, "base_seed", 0), index, like, device,
-                                       layer_specs(module)[-1])
+                stage.head = make_head(config.head, given, outputs, getattr(module, "base_seed", 0), index, like, engine.device,
+                                       layer_specs(module), readout)
     except ConfigError as error:
         failure = error
     first = next((fields for fields in gather_objects(failure and failure.fields) if fields), None)
     if first is not None:
         raise ConfigError(*first)
+    return readout
+
+
+def refresh(engine: DecoupledPipelineEngine, readout: SharedReadout) -> int:
+    """Bring the ranks' copies of the last layer up to date; a collective call of a pipeline's ranks.
+
+    Returns:
+        Bytes that this rank sent.
+    """
+    placement = engine.placement
+    source = engine.module.forward_funcs[-1] if engine.holds_loss else None
+    group, sent = engine.grid.get_pipe_parallel_group(), 0
+    for name, value in sorted(readout.layer.state_dict().items()):
+        if source is not None:
+            value.copy_(source.state_dict()[name])
+        if placement.ranks > 1:
+            dist.broadcast(value, engine.grid.stage_to_global(placement.ranks - 1), group=group)
+            sent += value.nbytes * (placement.ranks - 1) if source is not None else 0
+    return sent
 
 
 def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter]) -> list[Any]:

@@ -170,6 +170,15 @@ class LocalStage(Stage):
             if isinstance(layer, nn.Module):
                 layer.eval()
 
+    def vote(self, outputs: Tensors) -> Tensor:
+        """The head's probabilities ``(..., classes)`` for what the stage gave in evaluation."""
+        assert self.head is not None
+        training = self.head.training
+        with self.seeds.scope():
+            votes: Tensor = self.head.eval()(outputs).float().softmax(dim=-1)
+        self.head.train(training)
+        return votes
+
     # -- what it reports --------------------------------------------------------------------------------------------------
 
     def _note(self, outputs: Tensors, labels: Any, loss: Tensor) -> None:

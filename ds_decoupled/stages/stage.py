@@ -68,7 +68,7 @@ class Stage:
         self.loss_fn = loss_fn
         self.seeds = seeds
         self.parameters = unique_parameters(layers)
-        self.weights = Weights(self.parameters, stashed=axes.weights == "stashed")
+        self.weights = Weights(self.parameters, stashed=axes.weights == "stashed", predicted=axes.weights == "predicted")
         self._all = Layers(layers, first_layer, seeds)
         self.runs = self._make_runs(layers, first_layer, axes)
         self.deferred = DeferredWeightGradients(layers) if split_backward else None
@@ -109,7 +109,7 @@ class Stage:
 
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
         """The stage's output; whatever the backward pass will need of ``micro_batch`` is recorded."""
-        with self.seeds.scope():
+        with self.seeds.scope(), self.weights.ahead():
             x = inputs
             for run in self.runs:
                 x = run.forward(micro_batch, x)

@@ -1,4 +1,5 @@
-"""Which weights a backward pass multiplies by: the current ones, or those of its forward pass.
+"""Which weights a pass multiplies by: the current ones, in a backward pass those of its forward pass, or in a forward pass
+those that its backward pass is expected to find.
 
 An autograd graph that outlives an update would either refuse (the version counter moved) or mix versions silently
 (ZeRO-1 and bf16 write through ``.data``). So the graph keeps no weight at all, only a note of which weight it wants and
@@ -51,12 +52,19 @@ class Weights:
         stashed: whether a backward pass gets the version of its forward pass. A version is copied when an update is
             about to overwrite it and a micro-batch in flight still wants it, not before; it is dropped with the last
             such micro-batch.
+        predicted: whether a forward pass is to run on what the weights are expected to be when its gradient comes back
+            (SpecTrain, arXiv 1809.02839, with the last update in the place of the momentum); costs one copy of the weights.
+
+    Attributes:
+        lead: updates between a forward pass and its backward pass.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], stashed: bool) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], stashed: bool, predicted: bool = False) -> None:
         self.parameters = list(parameters)
-        self.stashed = stashed
+        self.stashed, self.predicted = stashed, predicted
+        self.lead = 0.0
         self.version = 0
+        self._before: list[Tensor] | None = None
         self.stash: dict[int, list[Tensor]] = {}
         self._in_flight: dict[int, int] = {}
         self._ranges: dict[int, tuple[list[int], list[tuple[int, int]]]] | None = None
@@ -76,7 +84,9 @@ class Weights:
                 self.stash.pop(version, None)
 
     def before_update(self) -> None:
-        """Copy the current version if a micro-batch in flight wants it; then a new version begins."""
+        """Copy the current version if a micro-batch in flight or a prediction wants it; then a new version begins."""
+        if self.predicted and self.lead:
+            self._before = [p.detach().clone() for p in self.parameters]
         if not self.stashed:
             return
         if Counter(self._in_flight.values())[self.version]:
@@ -91,6 +101,20 @@ class Weights:
     def of(self, micro_batch: int) -> Iterator[None]:
         """Within, the parameters hold the values that ``micro_batch`` saw in its forward pass."""
         values = self.stash.get(self._in_flight[micro_batch]) if self.stashed else None
+        with self._holding(values):
+            yield
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Within, the parameters hold their predicted values: as if the last update came ``lead`` times more."""
+        values = None
+        if self._before is not None and self.lead:
+            values = [p.data + self.lead * (p.data - before) for p, before in zip(self.parameters, self._before)]
+        with self._holding(values):
+            yield
+
+    @contextmanager
+    def _holding(self, values: list[Tensor] | None) -> Iterator[None]:
         if values is None:
             yield
             return
@@ -182,7 +206,7 @@ class Weights:
     # -- checkpoint -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": self.version, "in_flight": dict(self._in_flight), "stash": self.stash}
+        return {"version": self.version, "in_flight": dict(self._in_flight), "stash": self.stash, "before": self._before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.forget_storage()
@@ -190,3 +214,5 @@ class Weights:
         self._in_flight = dict(state["in_flight"])
         self.stash = {v: [value.to(p.device) for value, p in zip(values, self.parameters)]
                       for v, values in state["stash"].items()}
+        before = state["before"]
+        self._before = None if before is None else [value.to(p.device) for value, p in zip(before, self.parameters)]
