@@ -24,6 +24,7 @@ from typing import Any
 
 import bench_depth
 import bench_figures
+import bench_heads
 import bench_precision
 import common
 from bench_models import GPTS, NAMES, Model, make_model
@@ -45,7 +46,7 @@ from tqdm import tqdm
 from ds_decoupled.schedules import balanced_bounds
 
 QUICK = {"width": 8, "image_size": 8, "length": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
-FIGURES = ("speed", "memory", "depth", "reconstruction", "precision")
+FIGURES = ("speed", "memory", "depth", "reconstruction", "precision", "heads")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -188,6 +189,9 @@ def figure(args: argparse.Namespace, model: Model, output: Path) -> tuple[str, s
     if args.figure == "depth":
         picture = output.with_suffix(".png")
         return bench_depth.depth(args.micro_batch, args.length, args.width or 64, picture, args.quick)
+    if args.figure == "heads":
+        text, found = bench_heads.heads(args.model, args.width, args.image_size, args.micro_batch)
+        return text, "Heads of stage-local losses, one behind every block but the last", found
     width = args.width or 64
     if args.figure == "precision":
         depths = (1, 2) if args.quick else bench_precision.DEPTHS

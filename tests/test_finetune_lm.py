@@ -50,6 +50,24 @@ def test_tied_embeddings(method: str, ranks: int, options: list[str], tmp_path: 
     assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("method, head, options", [("dgl", "last-layer", []), ("overlapping", "shared:1", []),
+                                                   ("dgl", "last-layer", ["--lora_rank", "4"])])
+def test_local_losses(method: str, head: str, options: list[str], tmp_path: Path, text: Path) -> None:
+    """Every stage by a head of its own, which starts from the model's; what is written knows nothing of heads."""
+    from transformers import AutoModelForCausalLM
+
+    model, output = save_tiny(tmp_path / "llama"), tmp_path / "tuned"
+    config = config_file(tmp_path, method, head=head)
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config, "--model", model, "--data", text, *SHORT, "--output",
+                  output, *options, ranks=2)
+    assert results["validation_loss"] < results["validation_loss_before"] - (0.01 if options else 0.3)
+    stages = results["stage_curves"]["loss"]
+    assert list(stages) == [f"stage {s}" for s in range(results["stages"])]
+    assert all(losses[-1] < losses[1] for losses in stages.values())  # the first entry is from before all training
+    tuned = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("adapters_only, ranks", [(False, 1), (True, 2)])
 def test_adapters(adapters_only: bool, ranks: int, tmp_path: Path, text: Path) -> None:
     from peft import PeftModel

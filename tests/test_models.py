@@ -12,6 +12,8 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
 from ds_decoupled.nn import ReversibleCoupling, block_starts
 
+RESIDUAL = [name for name in MODELS if name != "cnn6"]
+
 
 def build(name: str, **options: Any) -> nn.Sequential:
     return nn.Sequential(*(spec.build() for spec in build_model(name, **options)))
@@ -32,6 +34,7 @@ def build(name: str, **options: Any) -> nn.Sequential:
         ("revnet50", "cifar10", 26_350_218),
         ("resnet18", "cifar10", 11_178_762),
         ("resnet18", "digits", 11_178_762),
+        ("cnn6", "cifar10", 6_813_450),
     ],
 )
 def test_parameter_counts(name: str, data: str, parameters: int) -> None:
@@ -51,7 +54,7 @@ def test_every_layer_starts_a_block(depth: str, blocks: int, reversible: int) ->
     assert len(couplings) == reversible
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RESIDUAL)
 @pytest.mark.parametrize(("data", "size", "first", "last"), [("cifar10", 32, 32, 4), ("imagenet", 64, 16, 2)])
 def test_shapes(name: str, data: str, size: int, first: int, last: int) -> None:
     model = build(name, data=data, num_classes=7, width=4)
@@ -68,6 +71,17 @@ def test_shapes(name: str, data: str, size: int, first: int, last: int) -> None:
     assert shapes[0] == (2, 4, first, first)
     assert shapes[-2] == (2, 32 * expansion, last, last)
     assert shapes[-1] == (2, 7)
+
+
+def test_six_layer_cnn() -> None:
+    """Six blocks; the classifier belongs to the last. Two poolings, where the channels double."""
+    layers = build_model("cnn6", width=4)
+    assert block_starts(layers) == [0, 1, 2, 3, 4, 5] and len(layers) == 7
+    x, shapes = torch.randn(2, 3, 32, 32), []
+    for layer in build("cnn6", width=4):
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(4, 32, 32), (8, 16, 16), (8, 16, 16), (16, 8, 8), (16, 8, 8), (16, 8, 8), (10,)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,6 +124,7 @@ def test_bfloat16_parameters_take_float32_streams(name: str) -> None:
         ("revnet19", {}, "'revnet19'.*revnet18, revnet34, revnet50, resnet18"),
         ("revnet18", {"data": "mnist"}, "'mnist'.*cifar10, imagenet, imagenet32, digits"),
         ("revnet18", {"num_classes": 0}, '"num_classes": 0.*at least 1'),
+        ("cnn6", {"data": "imagenet"}, "'imagenet'.*small images"),
         ("revnet18", {"width": -1}, '"width": -1.*at least 1'),
     ],
 )

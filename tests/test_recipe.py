@@ -30,6 +30,15 @@ def test_trains_and_reports(method: str, ranks: int, tmp_path: Path) -> None:
     assert summary.with_suffix(".png").stat().st_size > 5000
 
 
+def test_local_losses(tmp_path: Path) -> None:
+    """Each stage's accuracy is in the summary and the picture."""
+    results = run("train_resnet", tmp_path, "--deepspeed_config", "ds_configs/dgl.json", "--model", "cnn6", "--epochs", "2",
+                  "--width", "4", "--image_size", "8", ranks=2)
+    assert results["stages"] == 6 and results["test_accuracy"] > 0.3
+    assert [len(curve) for curve in results["stage_curves"]["accuracy"].values()] == [2] * 6
+    assert (tmp_path / "summary.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("method", ["petra", "backprop"])
 def test_resumes(method: str, tmp_path: Path) -> None:
     arguments = ("--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4", "--image_size", "8")
