@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -203,3 +204,20 @@ def varied(made: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         labels = y[:samples, :length] if y.dim() == 2 else y[:samples]
         cut.append((inputs.contiguous(), labels.contiguous()))
     return cut
+
+
+class SlowHead(nn.Module):
+    """Takes 20 ms."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return self.linear(x.flatten(1))
+
+
+def slow_head(shape: torch.Size, outputs: int) -> nn.Module:
+    """A head by its name, ``nets:slow_head``."""
+    return SlowHead(outputs)

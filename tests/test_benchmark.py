@@ -109,7 +109,7 @@ def test_bare_petra_is_petra(name: str, width: int, k: int) -> None:
 
 def test_bare_backprop_is_backprop() -> None:
     """Against a flushed method of ours that keeps its inputs: they are not rebuilt, so nothing may differ but rounding."""
-    engine, bare = worlds.run(1, states_after, "flushed", "backprop_loop", 2, 3)[0]
+    engine, bare = worlds.run(1, states_after, "revnet18", 4, "flushed", "backprop_loop", 2, 3)[0]
     for a, b in zip(engine, bare, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 

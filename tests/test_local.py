@@ -199,6 +199,18 @@ def test_ensemble() -> None:
     torch.testing.assert_close(*found)
 
 
+def measured_weights(case: dict[str, Any]) -> list[float]:
+    """Seconds of each layer, as ``"partition": "profile"`` weighs them."""
+    return engine_cases.build(case).module._layer_weights()[0]
+
+
+def test_measured_partition_counts_heads() -> None:
+    """A head weighs on the last layer of its stage; the last stage has none."""
+    case = {**case_of(CNN, 1, head="nets:slow_head", partition="profile"), "stages": [0, 2, 5, 7]}
+    seconds = worlds.run(1, measured_weights, case)[0]
+    assert [s > 0.018 for s in seconds] == [False, True, False, False, True, False, False]
+
+
 @pytest.mark.parametrize("block, words", [
     ({"window": 0}, ["decoupled.window", "at least 1"]),
     ({"window": 9}, ["decoupled.window", "9", "which is 7"]),

@@ -34,7 +34,7 @@ def test_local_losses(tmp_path: Path) -> None:
     """Each stage's accuracy is in the summary and the picture."""
     results = run("train_resnet", tmp_path, "--deepspeed_config", "ds_configs/dgl.json", "--model", "cnn6", "--epochs", "2",
                   "--width", "4", "--image_size", "8", ranks=2)
-    assert results["stages"] == 6 and results["test_accuracy"] > 0.3
+    assert results["stages"] == 6 and results["test_accuracy"] > 0.2
     assert [len(curve) for curve in results["stage_curves"]["accuracy"].values()] == [2] * 6
     assert (tmp_path / "summary.png").stat().st_size > 5000
 

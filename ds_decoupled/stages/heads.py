@@ -106,7 +106,8 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
             own = [_copy_of(layer) for layer in _last(layers, blocks + 1, chosen)[:-1]]
             head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
         elif copied:
-            head = StageHead(nn.Sequential(*map(_copy_of, _last(layers, copied, chosen))), takes_all=True)
+            copies = [_copy_of(layer) for layer in _last(layers, copied, chosen)]
+            head = StageHead(nn.Sequential(*copies) if copied > 1 else copies[0], takes_all=True)
         else:
             head = build_head(chosen, outputs, count)
     for parameter in head.parameters():
