@@ -23,7 +23,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed recipes/train_resnet.py --deepspeed_config $(CONFIG) $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check ds_decoupled recipes tests

@@ -109,6 +109,7 @@ class PipelineEngineBase(PipelineEngine):
 
     #: Instruction types to functions of ``(engine, **kwargs)``.
     instruction_map: Mapping[type, Any] = {}
+    client_lr_scheduler: Any
 
     # -- hooks that a subclass fills ---------------------------------------------------------------------------------
 
@@ -127,10 +128,21 @@ class PipelineEngineBase(PipelineEngine):
         super()._configure_optimizer(client_optimizer, parameters)
         return self.optimizer, self.basic_optimizer
 
-    def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any) -> Any:
-        """The JSON's or the client's LR scheduler for one optimizer; None where there is none."""
+    def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
+        """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's or the JSON's; None
+        where there is none."""
         self.optimizer, self.basic_optimizer = optimizer, basic_optimizer
-        super()._configure_lr_scheduler()
+        config: Any = self._config
+        client = self.client_lr_scheduler
+        usual = config.scheduler_name, config.scheduler_params
+        try:
+            if block is not None:
+                self.client_lr_scheduler = None
+                config.scheduler_name, config.scheduler_params = block["type"], block.get("params", {})
+            super()._configure_lr_scheduler()
+        finally:
+            self.client_lr_scheduler = client
+            config.scheduler_name, config.scheduler_params = usual
         return self.lr_scheduler
 
     def run_schedule(self, schedule: PipeSchedule) -> None:

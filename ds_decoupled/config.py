@@ -112,6 +112,7 @@ class DecoupledConfig(BaseModel):
             dimension.
         queue: micro-batches that a stage may run ahead of the next where nothing comes back from it.
         stage_lr: the learning rate of each stage, as a factor (one per stage).
+        stage_schedulers: the LR scheduler of each stage, as DeepSpeed's ``scheduler`` block; null is for the JSON's own.
         stop_after: updates after which each stage stops learning (one per stage; null: never). It goes on forwarding in
             evaluation mode.
         codec: how floating-point payloads travel between ranks.
@@ -142,6 +143,7 @@ class DecoupledConfig(BaseModel):
     input_shape: list[int] | None = None
     queue: int = 8
     stage_lr: list[float] | None = None
+    stage_schedulers: list[dict[str, Any] | None] | None = None
     stop_after: list[int | None] | None = None
     codec: str = "none"
     split_backward: bool = False
@@ -237,6 +239,10 @@ def _check(config: DecoupledConfig) -> None:
     if any(limit is not None and limit < 0 for limit in config.stop_after or ()):
         raise ConfigError(f"{BLOCK}.stop_after", config.stop_after, "a number of updates for each stage, 0 for a frozen one",
                           "null is for a stage that never stops.")
+    for scheduler in config.stage_schedulers or ():
+        if scheduler is not None and (not isinstance(scheduler.get("type"), str) or scheduler.keys() - {"type", "params"}):
+            raise ConfigError(f"{BLOCK}.stage_schedulers", scheduler, "a scheduler is an object with type and params",
+                              'For example {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, or null.')
     if any(factor < 0 for factor in config.stage_lr or ()):
         raise ConfigError(f"{BLOCK}.stage_lr", config.stage_lr, "a factor for each stage, none below 0")
     if isinstance(config.stages, str):

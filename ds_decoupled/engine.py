@@ -103,9 +103,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
-        for stage in self.stage_optimizers.values():
+        own = self.decoupled.stage_schedulers
+        for index, stage in self.stage_optimizers.items():
             if stage.optimizer is not None:
-                stage.lr_scheduler = self.build_lr_scheduler(stage.optimizer, stage.basic_optimizer)
+                block = None if own is None else own[index]
+                stage.lr_scheduler = self.build_lr_scheduler(stage.optimizer, stage.basic_optimizer, block)
 
     def _build_stages(self) -> None:
         rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()

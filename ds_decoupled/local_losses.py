@@ -70,7 +70,7 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
     if window > stages:
         raise ConfigError(f"{BLOCK}.window", window, f"at most the number of stages, which is {stages}",
                           "Take a smaller window or more stages.")
-    for name in ("stage_lr", "stop_after"):
+    for name in ("stage_lr", "stage_schedulers", "stop_after"):
         value = getattr(config, name)
         if value is not None and len(value) != stages:
             raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages")

@@ -11,8 +11,9 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 # DeepSpeed's compiled extension, for this environment alone; a lock here was left by a killed run.
 extensions = Path(sys.prefix) / "torch_extensions"
 os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
-for lock in extensions.glob("*/lock"):
-    lock.unlink(missing_ok=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's neighbour may be compiling
+    for lock in extensions.glob("*/lock"):
+        lock.unlink(missing_ok=True)
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 

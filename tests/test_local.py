@@ -145,6 +145,16 @@ def test_head_that_is_the_last_layer() -> None:
         assert any(not torch.equal(value, last[name]) for name, value in result["heads"][s].head.state_dict().items())
 
 
+def test_a_stage_has_its_own_schedule() -> None:
+    """DeepSpeed's and torch's schedulers by stage; the others keep the JSON's."""
+    ours = [{"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.5, "warmup_num_steps": 4,
+                                            "warmup_type": "linear"}}, {"type": "ExponentialLR", "params": {"gamma": 0.5}}]
+    json = {"scheduler": {"type": "StepLR", "params": {"step_size": 3, "gamma": 0.1}}}
+    case = {**case_of(CNN, 1, stage_schedulers=[*ours, *[None] * 5]), "batches": 6, "config": json}
+    rates = [rate for result in worlds.run(2, engine_cases.train, case) for rate in result["lrs"]]
+    assert rates == pytest.approx([0.5, 0.1 * 0.5**6, *[0.1 * 0.1**2] * 5])
+
+
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("head", ["shared", "shared:2"])
 def test_shared_head(window: int, head: str) -> None:
@@ -221,6 +231,7 @@ def test_measured_partition_counts_heads() -> None:
     ({"input_shape": None}, ["decoupled.input_shape", "sample_input"]),
     ({"stop_after": [1, 2]}, ["decoupled.stop_after", "7 stages"]),
     ({"stop_after": [-1, 2]}, ["decoupled.stop_after", "frozen"]),
+    ({"stage_schedulers": [{"params": {}}] * 7}, ["decoupled.stage_schedulers", "type and params"]),
     ({"head": "shared:x"}, ["decoupled.head", "'shared:2'"]),
     ({"head": "shared", "hops": [1, 1]}, ["decoupled.head", "same micro-batch"]),
     ({"head": "last-layers:9"}, ["decoupled.head", "copies 9 layers"]),

@@ -11,16 +11,19 @@ from ds_decoupled.schedules import Placement, Plan, Ticks, ticks
 
 
 def draw(stages: int, ranks: int, hops: tuple[int, int], rows: int, *, k: int = 1, recover: str = "graph",
-         updates: bool = False, micro_batches: int = 50) -> str:
-    plan = Plan.make(Placement.of(stages, ranks), hops=hops, k=k, recover=recover, flush=False)
+         updates: bool = False, micro_batches: int = 50, window: int = 0) -> str:
+    plan = Plan.make(Placement.of(stages, ranks), hops=hops, k=k, recover=recover, flush=False,
+                     window=window)
     lists = [list(plan.run(rank, micro_batches)) for rank in range(ranks)]
     return staircase(lists, plan.placement.rank_bounds, ticks=rows, updates=updates)
 
 
 def test_the_table_in_the_docstring_is_true() -> None:
     assert ticks.__doc__ is not None
-    table = "\n".join(line[4:] for line in ticks.__doc__.split("::\n\n")[1].rstrip().splitlines())
-    assert draw(3, 1, (1, 1), 5) == table
+    first, second = ("\n".join(line[4:] for line in part.split("\n\n")[0].rstrip().splitlines())
+                     for part in ticks.__doc__.split("::\n\n")[1:])
+    assert draw(3, 1, (1, 1), 5) == first
+    assert draw(4, 1, (0, 1), 2, window=2) == second
 
 
 def test_petra() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
+import random
 import socket
 import tempfile
 import traceback
@@ -19,9 +21,16 @@ _context.set_forkserver_preload(["deepspeed", "ds_decoupled.entry", "ds_decouple
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that is free now; tests that run side by side take theirs from different ones.
+
+    Below those that the kernel gives to connections, one of which might take it before a world's first rank listens.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.SystemRandom().randrange(15000 + worker % 8, 32000, 8)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, fn: Callable[..., Any],
