@@ -83,6 +83,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
         import deepspeed
 
         deepspeed.init_distributed()
+        # All are connected before any finds a mistake and leaves: those who still connect would hear of nothing but that.
+        torch.distributed.barrier()
         layers = list(layers)
         block = parse_block(config) if config is not None else None
         given = block or DecoupledConfig(method="backprop")

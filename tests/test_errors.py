@@ -59,7 +59,7 @@ def test_a_rank_that_dies_takes_the_others_down(rank: int) -> None:
 
 
 def test_a_rank_that_hangs_runs_into_the_time_out() -> None:
-    case = {"method": "delayed", "batches": 400, "timeout": 3, "hang": 25}
+    case = {"method": "delayed", "batches": 400, "timeout": 3, "hang": 9}
     with pytest.raises(worlds.RankFailed) as failure:
         worlds.run(2, engine_cases.die_at, case, 1, 6, timeout=60)
     first = failure.value.errors[0]
