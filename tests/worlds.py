@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["deepspeed", "ds_decoupled.entry", "ds_decoupled.models", "engine_cases"])
+_context.set_forkserver_preload(["preloaded"])
 
 
 def _free_port() -> int:
