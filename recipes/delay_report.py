@@ -83,7 +83,7 @@ def tables(runs: Mapping[Setting, dict[str, Any]]) -> str:
 
 
 def draw(runs: Mapping[Setting, dict[str, Any]], path: Path) -> None:
-    """Loss minus backpropagation's against the delay of stage 0: a panel for each k, a line for each optimizer and method.
+    """Loss minus backpropagation's against the delay of stage 0: a panel for each k, a line for each optimizer, method and further settings.
 
     Of several rates and scales the best one stands for a point.
     """
@@ -95,7 +95,7 @@ def draw(runs: Mapping[Setting, dict[str, Any]], path: Path) -> None:
         s = row.setting
         if row.gap is None:
             continue
-        line = points[s.k, s.optimizer, s.method]
+        line = points[s.k, s.optimizer, s.method if s.block == "{}" else f"{s.method} {s.block}"]
         line[s.delay] = min(line.get(s.delay, math.inf), row.gap)
     delayed = {key: line for key, line in points.items() if max(line) > 0}
     ks = sorted({k for k, _, _ in delayed})

@@ -27,6 +27,7 @@ from text_data import Bytes, Corpus, RandomWindows, read_text
 from torch import Tensor
 
 import ds_decoupled
+from ds_decoupled.config import PRESETS
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import GPTConfig, build_gpt, next_token_loss
 from ds_decoupled.nn import ReversibleCoupling
@@ -118,7 +119,9 @@ class Setting:
     @property
     def delay(self) -> float:
         """Of the first stage, in updates."""
-        return 0.0 if self.flushes else sum(self.hops) * (self.stages - 1) / self.k
+        window = json.loads(self.block).get("window", PRESETS[self.method].window)
+        above = min(window or self.stages, self.stages) - 1  # stages whose losses it waits for
+        return 0.0 if self.flushes else sum(self.hops) * above / self.k
 
     @property
     def flushes(self) -> bool:

@@ -32,6 +32,15 @@ def test_stages() -> None:
             study.stage_bounds(stages)
 
 
+def test_delay_of_the_first_stage() -> None:
+    """In updates; local losses come from no further than the window."""
+    def delay(method: str, **more: Any) -> float:
+        return run(method, 1.0, **more)[0].delay
+
+    assert delay("backprop") == 0 and delay("petra") == 7 and delay("petra", hops=(1, 1), k=4) == 3.5
+    assert delay("dgl") == 0 and delay("overlapping") == 1 and delay("overlapping", block='{"window": 3}') == 2
+
+
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs, resumes, reports."""
     output = tmp_path / "study.json"
