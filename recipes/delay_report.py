@@ -83,7 +83,8 @@ def tables(runs: Mapping[Setting, dict[str, Any]]) -> str:
 
 
 def draw(runs: Mapping[Setting, dict[str, Any]], path: Path) -> None:
-    """Loss minus backpropagation's against the delay of stage 0: a panel for each k, a line for each optimizer, method and further settings.
+    """Loss minus backpropagation's against the delay of stage 0: a panel for each k, a line for each optimizer, method and
+    further settings.
 
     Of several rates and scales the best one stands for a point.
     """
