@@ -104,8 +104,12 @@ class DecoupledPipelineModule(PipelineModuleBase):
     def rank_layer_bounds(self) -> list[int]:
         """Cut the layers into stages, spread the stages over the ranks."""
         weights, last = self._layer_weights()
-        stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts, last)
-        self.placement = place(stage_bounds, self.num_stages, weights, self._partition_setting, last)
+        if isinstance(self._partition_setting, list):
+            parts = check_partition(self._partition_setting, self.num_stages, len(weights))
+            self.placement = place_within(parts, self._stages_setting, weights, self._starts)
+        else:
+            stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts, last)
+            self.placement = place(stage_bounds, self.num_stages, weights, last)
         return self.placement.rank_layer_bounds
 
     def _layer_weights(self) -> tuple[list[float], list[float]]:
@@ -170,22 +174,47 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
     return bounds
 
 
-def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], partition: str | list[int],
-          last: Sequence[float] | None = None) -> Placement:
-    """Stages on ranks: balanced by weight, or at the user's layer bounds."""
-    name = f"{BLOCK}.partition"
-    if isinstance(partition, list):
-        if len(partition) != ranks + 1 or partition[-1] != stage_bounds[-1]:
-            raise ConfigError(name, partition, f"{ranks} ranks need {ranks + 1} bounds, the last of them the number of "
-                              f"layers, {stage_bounds[-1]}")
-        missing = [b for b in partition if b not in stage_bounds]
-        if missing:
-            raise ConfigError(name, partition, f"ranks begin where stages begin; no stage begins at {missing}",
-                              f"Stages begin at {stage_bounds[:-1]}.")
-        return Placement(tuple(stage_bounds), tuple(stage_bounds.index(b) for b in partition))
+def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], last: Sequence[float] | None = None) -> Placement:
+    """Stages on ranks, balanced by weight."""
     stage_weights = [sum(weights[a:b]) for a, b in zip(stage_bounds, stage_bounds[1:])]
     stage_weights[-1] = sum((last or weights)[stage_bounds[-2]:])
     return Placement(tuple(stage_bounds), tuple(_cut(stage_weights, ranks)))
+
+
+def check_partition(partition: list[int], ranks: int, layers: int) -> list[int]:
+    """The user's list of the layers at which ranks begin. Raises :class:`ConfigError` if it does not fit."""
+    ascends = all(a < b for a, b in zip(partition, partition[1:]))
+    if len(partition) != ranks + 1 or partition[0] != 0 or partition[-1] != layers or not ascends:
+        raise ConfigError(f"{BLOCK}.partition", partition, f"{ranks} ranks need {ranks + 1} bounds that ascend from 0 to the "
+                          f"number of layers, {layers}")
+    return partition
+
+
+def place_within(parts: list[int], setting: int | str | list[int], weights: Sequence[float], starts: list[int]) -> Placement:
+    """Stages on ranks that begin at the layers ``parts``: each rank's run is one stage, or is cut further.
+
+    Args:
+        parts: P+1 layer indices.
+        setting, weights, starts: as for :func:`stage_bounds_of`.
+    """
+    ranks = len(parts) - 1
+    if setting == "ranks":
+        return Placement(tuple(parts), tuple(range(ranks + 1)))
+    bounds = stage_bounds_of(setting, ranks, weights, starts)
+    if isinstance(setting, int):  # in proportion to the runs' layers
+        shares = [max(1, round(setting * (b - a) / parts[-1])) for a, b in zip(parts, parts[1:])]
+        while sum(shares) != setting:
+            step = 1 if sum(shares) < setting else -1
+            room = [(b - a - share if step > 0 else share - 1) for a, b, share in zip(parts, parts[1:], shares)]
+            shares[room.index(max(room))] += step
+        bounds = [0]
+        for start, stop, share in zip(parts, parts[1:], shares):
+            bounds += [start + cut for cut in _cut(weights[start:stop], share)[1:]]
+    missing = [b for b in parts if b not in bounds]
+    if missing:
+        raise ConfigError(f"{BLOCK}.partition", parts, f"ranks begin where stages begin; no stage begins at {missing}",
+                          f"Stages begin at {bounds[:-1]}.")
+    return Placement(tuple(bounds), tuple(bounds.index(b) for b in parts))
 
 
 def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
@@ -209,23 +238,4 @@ def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Plac
         starts = module._starts
     else:
         starts = block_starts(layer_specs(module))
-    weights = layer_parameters(module)
-    parts: list[int] = list(module.parts)
-    ranks = len(parts) - 1
-    if setting == "ranks":
-        return Placement(tuple(parts), tuple(range(ranks + 1)))
-    if ranks == 1 or setting == "blocks" or isinstance(setting, list):
-        bounds = stage_bounds_of(setting, ranks, weights, starts)
-        return place(bounds, ranks, weights, parts)
-    # A number of stages on several ranks: each rank's run is cut further, in proportion to its layers.
-    count = int(setting)
-    stage_bounds_of(count, ranks, weights, starts)
-    shares = [max(1, round(count * (b - a) / parts[-1])) for a, b in zip(parts, parts[1:])]
-    while sum(shares) != count:
-        step = 1 if sum(shares) < count else -1
-        room = [(b - a - share if step > 0 else share - 1) for a, b, share in zip(parts, parts[1:], shares)]
-        shares[room.index(max(room))] += step
-    bounds = [0]
-    for start, stop, share in zip(parts, parts[1:], shares):
-        bounds += [start + cut for cut in _cut(weights[start:stop], share)[1:]]
-    return place(bounds, ranks, weights, parts)
+    return place_within(list(module.parts), setting, layer_parameters(module), starts)

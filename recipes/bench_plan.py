@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "petra-split": _ours("petra, split backward", "reconstruct", "petra", split_backward=True),
     "dsp": _ours("dsp", "input", "dsp"),
     "delayed": _ours("delayed", "graph", "delayed"),
+    "delayed-chunked": Method("delayed, one stage a rank", "engine", {"method": "delayed", "stages": "ranks"}),
     "pipedream": _ours("pipedream", "graph", "pipedream"),
     "reversible": _ours("reversible", "reconstruct", "reversible"),
     "dgl": _ours("dgl", "local", "dgl"),
@@ -61,7 +62,7 @@ METHODS: dict[str, Method] = {
 }
 """By the name that ``--methods`` takes."""
 
-ONE_RANK_LABELS = {"1f1b": "DeepSpeed"}
+ONE_RANK_LABELS = {"1f1b": "DeepSpeed", "delayed-chunked": "delayed, one stage"}
 """What a method is called where there is no pipeline."""
 
 ONLY_ACROSS_RANKS = {"petra-split"}
@@ -149,10 +150,10 @@ def laws(ranks: int, k: int) -> list[Law]:
         *(Law(f"{METHODS[m].label}, {ranks} at once / one alone", at(f"{m}-copies"), at(m, 1), ranks, 0.0)
           for m in ("bare-backprop", "bare-petra")),
         *(Law(f"{METHODS[m].label}, P={ranks} / P=1", at(m), at(m, 1), ranks, 0.9)
-          for m in ("petra", "petra-01", "dsp", "delayed", "pipedream", "dgl", "overlapping")),
+          for m in ("petra", "petra-01", "dsp", "delayed", "delayed-chunked", "pipedream", "dgl", "overlapping")),
         Law("petra / 1F1B", at("petra"), at("1f1b"), 0.75 * bubble, 0.95),
         Law("petra (0, 1) / 1F1B", at("petra-01"), at("1f1b"), 0.75 * bubble, 0.95),
-        Law("delayed / 1F1B", at("delayed"), at("1f1b"), bubble, 0.95),
+        *(Law(f"{METHODS[m].label} / 1F1B", at(m), at("1f1b"), bubble, 0.95) for m in ("delayed", "delayed-chunked")),
         Law("petra / checkpointed 1F1B", at("petra"), at("1f1b-checkpoint"), bubble, 0.95),
         *(Law(f"{METHODS[m].label} / 1F1B (law without heads)", at(m), at("1f1b"), bubble, 0.0)
           for m in ("dgl", "dgl-chunked", "overlapping")),

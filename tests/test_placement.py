@@ -9,6 +9,10 @@ import pytest
 import torch
 import worlds
 
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.module import check_partition, place_within
+from ds_decoupled.schedules import Placement
+
 METHODS = ["reversible", "pipedream", "delayed", "dsp", "petra"]
 
 
@@ -48,6 +52,23 @@ def test_partition_does_not_matter(partition: str | list[int]) -> None:
     case = {"method": "petra", "batches": 10}
     assert_same(engine_cases.merged(run(1, case)),
                 engine_cases.merged(run(2, {**case, "block": {"partition": partition}})))
+
+
+def test_stages_follow_the_ranks_given() -> None:
+    """A list says where ranks begin; one stage a rank, or a number of stages, is cut within it."""
+    case = {"method": "dsp", "batches": 10}
+    assert_same(engine_cases.merged(run(1, {**case, "stages": [0, 2, 7]})),
+                engine_cases.merged(run(2, {**case, "stages": "ranks", "block": {"partition": [0, 2, 7]}})))
+    weights = [1.0] * 7
+    assert place_within([0, 2, 7], "ranks", weights, []) == Placement((0, 2, 7), (0, 1, 2))
+    assert place_within([0, 2, 7], 3, weights, []) == Placement((0, 2, 4, 7), (0, 1, 3))
+    assert place_within([0, 2, 7], [0, 1, 2, 7], weights, []) == Placement((0, 1, 2, 7), (0, 2, 3))
+    assert place_within([0, 2, 7], "blocks", weights, [0, 2, 3, 4]) == Placement((0, 2, 3, 4, 7), (0, 1, 4))
+    with pytest.raises(ConfigError, match=r"no stage begins at \[2\]. Stages begin at \[0, 3\]"):
+        place_within([0, 2, 7], [0, 3, 7], weights, [])
+    for partition in ([0, 2, 2, 7], [1, 2, 3, 7], [0, 2, 7], [0, 1, 2, 6]):
+        with pytest.raises(ConfigError, match="3 ranks need 4 bounds that ascend from 0 to the number of layers, 7"):
+            check_partition(partition, 3, 7)
 
 
 @pytest.mark.parametrize("block", [{"hops": [2, 1]}, {"hops": [0, 1]}, {"hops": [0, 1], "split_backward": True}])

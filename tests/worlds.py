@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing as mp
 import os
 import random
+import shutil
 import socket
 import tempfile
 import traceback
@@ -95,6 +96,8 @@ def finish(ranks: list[tuple[Any, Connection, str]], timeout: float = 120) -> li
         process.join(5)
         if process.is_alive():
             process.kill()
+    for _, _, log in ranks:
+        shutil.rmtree(Path(log).parent, ignore_errors=True)
     if any(errors):
         raise RankFailed(errors)
     return results
