@@ -1,6 +1,9 @@
-"""Runs of train_lm.py or finetune_lm.py side by side: a table of their summaries, and one picture of validation loss.
+"""Runs of the training recipes side by side: a table of their summaries, and a picture.
 
     python recipes/compare_runs.py runs/finetune_*.json --plot docs/finetuning.png
+    python recipes/compare_runs.py runs/dgl_*.json runs/backprop.json --against stages
+
+The picture shows how the runs went, or, with ``--against stages``, what they came to against the number of stages J.
 """
 
 from __future__ import annotations
@@ -8,51 +11,118 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import common
+from bench_report import MIB, table
+
+Run = dict[str, Any]
+Points = list[tuple[float, float]]
+
+DIFFERENCES: dict[str, Callable[[Run], str]] = {
+    "stages": lambda run: f"{run['stages']} stages",
+    "ranks": lambda run: f"{run['pipe_ranks']} ranks",
+    "model": lambda run: str(run["model"]),
+    "lora": lambda run: f"LoRA {run['lora_rank']}" if run.get("lora_rank") else "",
+    "seed": lambda run: f"seed {run['seed']}",
+    **{setting: lambda run, setting=setting: (  # type: ignore[misc]
+        f"{setting} {_block(run)[setting]}" if setting in _block(run) else "") for setting in ("window", "head", "weights")},
+}
+"""What a run may be told apart by, beside its method."""
+
+ONE_STAGE = ("backprop",)
+"""Methods whose result is the same for every J."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def _block(run: Run) -> dict[str, Any]:
+    block: dict[str, Any] = run["config"].get("decoupled", {})
+    return block
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("summaries", nargs="+", type=Path)
+    parser.add_argument("summaries", nargs="+", type=Path, help="what --summary wrote, of images or of text")
+    parser.add_argument("--against", choices=["stages"], help="draw results against it (default: the curves of each run)")
     parser.add_argument("--plot", type=Path, default=Path("runs/compared.png"), help="(default: %(default)s)")
     parser.add_argument("--title", default="")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The method, and with it whatever else differs between runs."""
-    parts = [run["method"]]
-    for name, text in (("stages", "{} stages"), ("pipe_ranks", "{} ranks"), ("lora_rank", "LoRA {}"), ("seed", "seed {}")):
-        if len({str(other.get(name)) for other in runs}) > 1:
-            parts.append(text.format(run.get(name)))
-    return ", ".join(parts)
+def label(run: Run, runs: Sequence[Run], without: Sequence[str] = ()) -> str:
+    """The method, and with it whatever else differs between runs of that method."""
+    same = [other for other in runs if other["method"] == run["method"]]
+    parts = [text(run) for name, text in DIFFERENCES.items()
+             if name not in without and len({text(other) for other in same}) > 1]
+    return ", ".join([run["method"], *filter(None, parts)])
 
 
-def row(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """One line of the table."""
-    before = run.get("validation_loss_before", math.nan)
+def text_table(runs: Sequence[Run]) -> str:
+    """Of language models."""
+    rows = [[label(run, runs), f"{run.get('validation_loss_before', math.nan):.3f}", f"{run['validation_loss']:.3f}",
+             f"{run['perplexity']:.2f}", f"{run['tokens_per_second']:.0f}", *_costs(run)] for run in runs]
+    return table(["method", "loss before", "loss after, nats", "perplexity", "tokens/s",
+                  "peak memory of a process, MiB", "sent per sequence, KiB"], rows)
+
+
+def image_table(runs: Sequence[Run]) -> str:
+    """Of image models."""
+    rows = [[label(run, runs), str(run["stages"]), f"{run['test_accuracy']:.1%}", f"{run['train_loss']:.3f}",
+             f"{run['samples_per_second']:.0f}", *_costs(run)] for run in runs]
+    return table(["method", "stages", "test accuracy", "training loss", "images/s", "peak memory of a process, MiB",
+                  "sent per image, KiB"], rows)
+
+
+def _costs(run: Run) -> list[str]:
     sent = run["bytes_sent_per_sample"]
-    cells = [label(run, runs), f"{before:.3f}", f"{run['validation_loss']:.3f}", f"{run['perplexity']:.2f}",
-             f"{run['tokens_per_second']:.0f}", f"{run['peak_memory_bytes'] / 2**20:.0f}",
-             "not counted" if sent is None else f"{sent / 1024:.0f}"]
-    return f"| {' | '.join(cells)} |"
+    return [f"{run['peak_memory_bytes'] / MIB:.0f}", "not counted" if sent is None else f"{sent / 1024:.0f}"]
+
+
+def courses(runs: Sequence[Run], x: str, y: str, scale: float) -> dict[str, Points]:
+    """How each run went: points of its curve ``y``, against its curve ``x`` or, where it has none, its epochs."""
+    found = {}
+    for run in runs:
+        values = [math.nan if value is None else value * scale for value in run["curves"][y]]
+        at = [tokens / 1000 for tokens in run["curves"][x]] if x in run["curves"] else range(1, len(values) + 1)
+        found[label(run, runs)] = list(zip(map(float, at), values))
+    return found
+
+
+def against_stages(runs: Sequence[Run], result: str, scale: float) -> dict[str, Points]:
+    """A curve a method (and what else differs): its result at each J, the mean over seeds; a level line for backpropagation."""
+    everywhere = sorted({run["stages"] for run in runs if run["method"] not in ONE_STAGE})
+    groups: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        curve = groups.setdefault(label(run, runs, without=("stages", "seed")), {})
+        for stages in everywhere if run["method"] in ONE_STAGE else [run["stages"]]:
+            curve.setdefault(stages, []).append(run[result] * scale)
+    return {name: [(float(j), mean(values)) for j, values in sorted(curve.items())] for name, curve in groups.items()}
 
 
 def main() -> None:
     args = parse_arguments()
-    runs = [json.loads(path.read_text()) for path in args.summaries]
-    head = ["method", "loss before", "loss after, nats", "perplexity", "tokens/s", "peak memory of a process, MiB",
-            "sent per sequence, KiB"]
-    print(f"| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}")
-    for run in runs:
-        print(row(run, runs))
-    curves = {label(run, runs): [(tokens / 1000, math.nan if loss is None else loss)
-                                 for tokens, loss in zip(run["curves"]["tokens"], run["curves"]["validation_loss"])]
-              for run in runs}
-    common.plot_curves(args.plot, args.title, "thousands of tokens", {"validation loss, nats per token": curves})
+    try:
+        runs = [json.loads(path.read_text()) for path in args.summaries]
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: no summary of a run: {error}")
+    images = ["test_accuracy" in run for run in runs]
+    if any(images) != all(images):
+        sys.exit("error: runs on images and runs on text have no result in common; compare them apart")
+    if all(images):
+        print(image_table(runs))
+        result, scale, name, x, x_name = "test_accuracy", 100.0, "test accuracy, %", "epochs", "epochs"
+    else:
+        print(text_table(runs))
+        result, scale, name, x = "validation_loss", 1.0, "validation loss, nats per token", "tokens"
+        x_name = "thousands of tokens"
+    if args.against:
+        curves, x_name = against_stages(runs, result, scale), "stages J"
+    else:
+        curves = courses(runs, x, result, scale)
+    common.plot_curves(args.plot, args.title, x_name, {name: curves})
     print(f"picture: {args.plot}")
 
 
