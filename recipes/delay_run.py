@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
@@ -137,11 +137,13 @@ class Setting:
                 f"seed={self.seed}")
 
     def simplified(self) -> Setting:
-        """Without what the method does not know, so that equal runs are equal."""
+        """Without what the method does not know, and with JSON spelt in one way, so that equal runs are equal."""
+        params, block = (json.dumps(json.loads(text), separators=(",", ":"), sort_keys=True)
+                         for text in (self.params, self.block))
         if not self.flushes:
-            return self
+            return replace(self, params=params, block=block)
         stages = 1 if self.method == "backprop" else self.stages
-        return Setting(**{**asdict(self), "stages": stages, "hops": (0, 1), "lr_by_delay": 0, "block": "{}"})
+        return replace(self, params=params, block="{}", stages=stages, hops=(0, 1), lr_by_delay=0)
 
     def config(self, study: Study) -> dict[str, Any]:
         """The DeepSpeed JSON."""

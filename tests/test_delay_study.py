@@ -39,6 +39,8 @@ def test_delay_of_the_first_stage() -> None:
 
     assert delay("backprop") == 0 and delay("petra") == 7 and delay("petra", hops=(1, 1), k=4) == 3.5
     assert delay("dgl") == 0 and delay("overlapping") == 1 and delay("overlapping", block='{"window": 3}') == 2
+    same = run("dgl", 1.0, block='{"head": "shared", "queue": 4}'), run("dgl", 1.0, block='{"queue":4,"head":"shared"}')
+    assert same[0][0] == same[1][0]
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
