@@ -23,14 +23,18 @@ from bench_report import MIB, table
 Run = dict[str, Any]
 Points = list[tuple[float, float]]
 
+def _setting(name: str) -> Callable[[Run], str]:
+    """What the ``decoupled`` block says of ``name``; nothing where it says nothing."""
+    return lambda run: f"{name} {_block(run)[name]}" if name in _block(run) else ""
+
+
 DIFFERENCES: dict[str, Callable[[Run], str]] = {
     "stages": lambda run: f"{run['stages']} stages",
     "ranks": lambda run: f"{run['pipe_ranks']} ranks",
     "model": lambda run: str(run["model"]),
     "lora": lambda run: f"LoRA {run['lora_rank']}" if run.get("lora_rank") else "",
     "seed": lambda run: f"seed {run['seed']}",
-    **{setting: lambda run, setting=setting: (  # type: ignore[misc]
-        f"{setting} {_block(run)[setting]}" if setting in _block(run) else "") for setting in ("window", "head", "weights")},
+    **{name: _setting(name) for name in ("window", "losses", "head", "weights")},
 }
 """What a run may be told apart by, beside its method."""
 
