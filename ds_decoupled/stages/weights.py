@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 
 class SavedActivation:
-    """A tensor that the graph holds for itself. An object of its own, so that a checkpoint can find it while it lives."""
+    """A tensor that the graph holds for itself. An object of its own, so that a checkpoint can find it while it lives.
+
+    Without its own graph: an operation that saves its result would otherwise hold itself, and live for ever where no backward
+    pass runs through it, as in front of an input whose gradient nobody wants.
+    """
 
     __slots__ = ("tensor", "__weakref__")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 class WeightReference:
