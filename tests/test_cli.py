@@ -248,7 +248,8 @@ def test_module_form(config: Any) -> None:
 
 
 def test_control_c_leaves_no_traceback(config: Any) -> None:
-    code = ("import os, signal, sys\nfrom ds_decoupled import cli\n"
+    # A suite that runs in the background inherits that Ctrl-C is ignored.
+    code = ("import os, signal, sys\nfrom ds_decoupled import cli\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "cli.plan_report = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
             "cli.app(['plan', sys.argv[1]])\n")
     result = python("-c", code, config(decoupled("petra")))
