@@ -30,6 +30,16 @@ PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
 }
 
 
+def wait_for_all() -> None:
+    """All ranks are here, and all process groups that they made so far stand.
+
+    To be called before what may find a mistake: a rank that leaves resets the connections of those that still make theirs, and
+    they would tell of nothing but that.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+
+
 class PipelineModuleBase(PipelineModule):
     """A ``PipelineModule`` whose ranks begin at the layers that :meth:`rank_layer_bounds` says."""
 
@@ -38,6 +48,7 @@ class PipelineModuleBase(PipelineModule):
         raise NotImplementedError
 
     def _partition_layers(self, method: str = "uniform") -> None:
+        wait_for_all()  # the grid has made its groups
         self.parts = self.rank_layer_bounds()
         rank = self.pipe_rank
         self._set_bounds(start=self.parts[rank], stop=self.parts[rank + 1])

@@ -34,6 +34,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
                    training_data=training_data, lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu,
                    dist_init_required=dist_init_required, collate_fn=collate_fn, config=config, mesh_param=mesh_param,
                    config_params=config_params)
+    if isinstance(model, PipelineModule):
+        compat.wait_for_all()
     source = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
     block = parse_block(source) if source is not None else None
     if block is None or source is None:

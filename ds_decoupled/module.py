@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs
+from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs, wait_for_all
 from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
@@ -83,8 +83,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         import deepspeed
 
         deepspeed.init_distributed()
-        # All are connected before any finds a mistake and leaves: those who still connect would hear of nothing but that.
-        torch.distributed.barrier()
+        wait_for_all()
         layers = list(layers)
         block = parse_block(config) if config is not None else None
         given = block or DecoupledConfig(method="backprop")
