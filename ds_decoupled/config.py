@@ -218,7 +218,8 @@ def _choice(setting: str, value: str, allowed: tuple[str, ...]) -> None:
     raise ConfigError(setting, value, f"allowed are {', '.join(map(repr, allowed))}", hint)
 
 
-def _bounds(setting: str, value: list[int]) -> None:
+def check_bounds(setting: str, value: list[int]) -> None:
+    """A list of bounds starts at 0 and grows. Raises :class:`ConfigError` if it does not."""
     if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
         raise ConfigError(setting, value, "a list gives the layer at which each part begins, then the number of "
                           "layers: it starts at 0 and grows", "For example [0, 4, 9] for two parts of nine layers.")
@@ -252,11 +253,11 @@ def _check(config: DecoupledConfig) -> None:
             raise ConfigError(f"{BLOCK}.stages", config.stages, "at least 1 stage is needed",
                               'Give a number, "ranks" or "blocks".')
     else:
-        _bounds(f"{BLOCK}.stages", config.stages)
+        check_bounds(f"{BLOCK}.stages", config.stages)
     if isinstance(config.partition, str):
         _choice(f"{BLOCK}.partition", config.partition, ("parameters", "uniform", "profile"))
     else:
-        _bounds(f"{BLOCK}.partition", config.partition)
+        check_bounds(f"{BLOCK}.partition", config.partition)
     if config.hops is not None and (len(config.hops) != 2 or config.hops[0] < 0 or config.hops[1] < 1):
         raise ConfigError(f"{BLOCK}.hops", list(config.hops), "two whole numbers [a, b] with a >= 0 and b >= 1: ticks "
                           "from stage to stage, forward and backward",

@@ -12,7 +12,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs, wait_for_all
-from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block
+from ds_decoupled.config import BLOCK, DecoupledConfig, check_bounds, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import HeadMaker, layer_times
@@ -182,10 +182,10 @@ def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], last: S
 
 def check_partition(partition: list[int], ranks: int, layers: int) -> list[int]:
     """The user's list of the layers at which ranks begin. Raises :class:`ConfigError` if it does not fit."""
-    ascends = all(a < b for a, b in zip(partition, partition[1:]))
-    if len(partition) != ranks + 1 or partition[0] != 0 or partition[-1] != layers or not ascends:
-        raise ConfigError(f"{BLOCK}.partition", partition, f"{ranks} ranks need {ranks + 1} bounds that ascend from 0 to the "
-                          f"number of layers, {layers}")
+    check_bounds(f"{BLOCK}.partition", partition)
+    if len(partition) != ranks + 1 or partition[-1] != layers:
+        raise ConfigError(f"{BLOCK}.partition", partition, f"{ranks} ranks need {ranks + 1} bounds, the last of them "
+                          f"the number of layers, {layers}")
     return partition
 
 

@@ -66,8 +66,9 @@ def test_stages_follow_the_ranks_given() -> None:
     assert place_within([0, 2, 7], "blocks", weights, [0, 2, 3, 4]) == Placement((0, 2, 3, 4, 7), (0, 1, 4))
     with pytest.raises(ConfigError, match=r"no stage begins at \[2\]. Stages begin at \[0, 3\]"):
         place_within([0, 2, 7], [0, 3, 7], weights, [])
-    for partition in ([0, 2, 2, 7], [1, 2, 3, 7], [0, 2, 7], [0, 1, 2, 6]):
-        with pytest.raises(ConfigError, match="3 ranks need 4 bounds that ascend from 0 to the number of layers, 7"):
+    for partition, why in (([0, 2, 2, 7], "starts at 0 and grows"), ([1, 2, 3, 7], "starts at 0 and grows"),
+                           ([0, 2, 7], "3 ranks need 4 bounds"), ([0, 1, 2, 6], "the number of layers, 7")):
+        with pytest.raises(ConfigError, match=why):
             check_partition(partition, 3, 7)
 
 
