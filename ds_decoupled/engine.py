@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
 from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.errors import PeerError, one_line
+from ds_decoupled.feed import Feed, MicroBatch
 from ds_decoupled.links import CODECS, Message
 from ds_decoupled.local_losses import LocalLosses, check_local
 from ds_decoupled.network import Network
@@ -32,7 +35,7 @@ from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
 from ds_decoupled.stages.heads import groups_with_heads
-from ds_decoupled.tensors import Gradients, Tensors, to_device
+from ds_decoupled.tensors import Gradients, Tensors
 from ds_decoupled.tracker import GradientTracker
 
 
@@ -78,7 +81,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self._fed = 0  # micro-batches of this run
         self._tick = 0  # the next one of this run
         self._end: int | None = None  # the micro-batch at which the data ended, once that is known
-        self._batches: deque[Any] = deque()
+        self._end_error: Exception | None = None  # why, where it was not the data's own end
+        self.feed = Feed(self.device, needs_labels=self.module.loss_fn is not None)
+        self._batches: deque[MicroBatch] = deque()
         self._losses: list[Tensor] = []
         self.train_seconds = 0.0
 
@@ -136,7 +141,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         """Feed k new micro-batches and do all that is due meanwhile.
 
         Args:
-            data_iter: yields ``(inputs, labels)``; needed on the first stage's ranks alone.
+            data_iter: yields ``(inputs, labels)`` (:mod:`ds_decoupled.feed`); needed on the first stage's ranks alone.
 
         Returns:
             The mean loss of the micro-batches whose loss (on the rank of the last stage) or whose gradient (elsewhere)
@@ -146,30 +151,51 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Raises:
             StopIteration: if the data ended, on every rank, though not in the same call. What is in flight stays there:
                 :meth:`drain` finishes it, and training can go on with new data.
+            BatchError: likewise, for a micro-batch that cannot be trained on, or whatever the iterator raised; on ranks
+                that read no data a :class:`PeerError` that says the same.
+            PeerError: if another rank failed; it says why.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
-        self._train_mode()
-        if self.local is not None:
-            self.local.before_batch(ended=self._end is not None)
-        self._losses.clear()
-        if self._end is None:
-            self._fed += self.plan.k
-            if self.is_first_stage():
-                self._fetch()
-            self._run_ticks(self._tick + self.plan.k + (self.plan.ticks.drain if self.axes.flush else 0))
-        end = self._end
-        if self.axes.flush:
-            self._start_run()
-        loss = self._mean_loss()
+        with self._failure_told():
+            self._train_mode()
+            if self.local is not None:
+                self.local.before_batch(ended=self._end is not None)
+            self._losses.clear()
+            if self._end is None:
+                self._fed += self.plan.k
+                if self.is_first_stage():
+                    self._fetch()
+                self._run_ticks(self._tick + self.plan.k + (self.plan.ticks.drain if self.axes.flush else 0))
+            end, error = self._end, self._end_error
+            if self.axes.flush:
+                self._start_run()
+            loss = self._mean_loss()
         self.train_seconds += time.perf_counter() - start
+        if error is not None:
+            raise error
         if end is not None:
             raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
         self._after_batch(loss)
         return loss
+
+    @contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """Within, what fails here is told to the other ranks, which would only find this one gone."""
+        try:
+            yield
+        except PeerError as error:
+            self.network.tell_failure(error.rank, error.reason)
+            raise
+        except Exception as error:
+            self.network.tell_failure(self.stage_id, one_line(error))
+            raise
+        except BaseException:  # Ctrl-C reaches every rank
+            self.network.failed = True
+            raise
 
     def _train_mode(self) -> None:
         """Layers train, but those of stages that have stopped."""
@@ -181,21 +207,34 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _fetch(self) -> None:
         """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
         first = self._first_micro_batch + self._fed - self.plan.k
-        fetched = []
+        fetched, error = [], None
         try:
             for _ in range(self.plan.k):
-                fetched.append(self.next_batch())
-        except StopIteration:
-            self._data_ended(first)
+                fetched.append(self.feed.next(self.data_iterator, self.batch_fn, "train_batch"))
+        except Exception as failure:
+            error = failure
+        failures = [one_line(error) if error is not None else None]
+        if self.is_data_parallel:  # the others would wait for this replica's gradients
+            failures = [None] * self.dp_world_size
+            dist.all_gather_object(failures, one_line(error) if error is not None else None,
+                                   group=self.mpu.get_data_parallel_group())
+        if error is not None:
+            self._data_ended(first, None if isinstance(error, StopIteration) else error)
+        elif any(failures):
+            reason = next(text for text in failures if text)
+            self._data_ended(first, None if reason.startswith(StopIteration.__name__) else
+                             PeerError(f"the data of another replica failed before micro-batch {first}: {reason}", 0, reason))
         else:
             self._batches.extend(fetched)
 
-    def _data_ended(self, micro_batch: int) -> None:
-        """``micro_batch`` and those after it will not come; the next rank learns it at once."""
+    def _data_ended(self, micro_batch: int, error: Exception | None = None) -> None:
+        """``micro_batch`` and those after it will not come, and why if not for the data's end; the next rank learns it at once.
+        What came before goes its way."""
         if self._end is None:
-            self._end = micro_batch
+            self._end, self._end_error = micro_batch, error
             self._fed = micro_batch - self._first_micro_batch
-            self.network.pass_on_end(micro_batch)
+            reason = None if error is None else error.reason if isinstance(error, PeerError) else one_line(error)
+            self.network.pass_on_end(micro_batch, reason)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch size by changing k; only with nothing in flight, see :meth:`drain`.
@@ -228,7 +267,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         """Nothing is in flight: ticks count from 0 again, micro-batches go on."""
         self._first_micro_batch += self._fed
         self._fed = self._tick = 0
-        self._end = None
+        self._end = self._end_error = None
         self.network.start_run()
 
     def drain(self) -> Tensor:
@@ -237,12 +276,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The mean loss of what was finished, as :meth:`train_batch` gives it.
         """
-        self._train_mode()
-        self._losses.clear()
-        self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
-        self.network.flush()
-        self._start_run()
-        return self._mean_loss()
+        with self._failure_told():
+            self._train_mode()
+            self._losses.clear()
+            self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
+            self.network.flush()
+            self._start_run()
+            return self._mean_loss()
 
     @property
     def in_flight(self) -> int:
@@ -263,7 +303,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self.agg_train_loss = loss
-        if self.global_rank == 0 and self.monitor.enabled:
+        if self.global_rank == 0 and self.monitor.enabled and self._losses:  # none, while the pipeline fills
             self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples),
                                        ("Train/Samples/lr", self.get_lr()[0], self.global_samples)])
         every = self.steps_per_print()
@@ -279,12 +319,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _load(self, stage: int, micro_batch: int) -> None:
         if self._ended(micro_batch):
             return
-        batch = self._batches.popleft()
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError("the data iterator must yield (inputs, labels); "
-                            f"micro-batch {micro_batch} is a {type(batch).__name__}")
-        inputs, labels = (part if isinstance(part, Tensor) else tuple(part) for part in batch)
-        inputs, labels = to_device(inputs, self.device), to_device(labels, self.device)
+        inputs, labels = self._batches.popleft()
         if self.tracker is not None:
             self.tracker.loaded(micro_batch, inputs, labels)
         self.network.activations[stage].send(Message(micro_batch, (inputs, labels)))
@@ -378,7 +413,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _recv_activation(self, stage: int, micro_batch: int) -> None:
         end = self.network.recv_activation(stage, micro_batch)
         if end is not None:
-            self._data_ended(end)
+            self._data_ended(*end)
 
     def _send_gradient(self, stage: int, micro_batch: int) -> None:
         if not self._ended(micro_batch):
@@ -419,35 +454,64 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         """Evaluate ``num_micro_batches`` (by default k) micro-batches with the weights as they are.
 
         Works at any time; what is in flight is left untouched. Micro-batches may have any size. Arguments and result are
-        DeepSpeed's; only the first stage's ranks need the iterator.
+        DeepSpeed's; only the first stage's ranks need the iterator. With ``reduce_output=None`` the ranks of the last stage
+        get the list of losses, the others None.
+
+        Raises:
+            StopIteration, BatchError, PeerError: as :meth:`train_batch`, on every rank in the same call.
         """
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
-        self.module.eval()
-        self.network.expect_evaluation(count)
-        with torch.no_grad():
-            results = [self._evaluate(m, data_iter, compute_loss) for m in range(count)]
-        self.network.flush("evaluation")  # this may be the last that the process does
+        if count < 1:
+            raise ValueError(f"eval_batch(num_micro_batches={num_micro_batches}): at least 1 is needed")
+        with self._failure_told(), torch.no_grad():
+            self.module.eval()
+            self.network.expect_evaluation(count)
+            results, error = self._evaluate_all(count, data_iter, compute_loss)
+            self.network.flush("evaluation")  # this may be the last that the process does
+        if error is not None:
+            raise error
         value = logits = None
         if self.holds_loss:
             value = self.reduce_outputs([loss for loss, _ in results], reduce_output, count)
             logits = results[-1][1]
-        if compute_loss and bcast_loss:
+        if compute_loss and reduce_output is not None and (bcast_loss or self.monitor.enabled):
             value = self.broadcast_from_last(value)
+            if self.global_rank == 0 and self.monitor.enabled:
+                self.monitor.write_events([("Train/Samples/eval_loss", value.item(), self.global_samples)])
         return (value, logits) if return_logits else value
 
-    def _evaluate(self, micro_batch: int, data_iter: Iterator[Any], compute_loss: bool) -> Any:
+    def _evaluate_all(self, count: int, data_iter: Iterator[Any], compute_loss: bool) -> tuple[list[Any], Exception | None]:
+        """What this rank's stages make of each micro-batch, up to the end of the data or an error in them."""
+        results: list[Any] = []
+        error: Exception | None = None
+        for micro_batch in range(count):
+            parts: tuple[Any, ...] | None = None
+            if self.is_first_stage():
+                try:
+                    parts = self.feed.next(data_iter, self.batch_fn, "eval_batch")
+                except StopIteration:
+                    error = StopIteration(f"the evaluation data ended before micro-batch {micro_batch}")
+                except Exception as failure:
+                    error = failure
+            else:
+                parts, error = self.network.recv_evaluation(micro_batch)
+            if parts is None:
+                assert error is not None
+                self.network.end_evaluation(micro_batch, error)
+                break
+            results.append(self._evaluate(micro_batch, parts, compute_loss))
+        if self.is_data_parallel:  # the other replicas would wait for this one's loss
+            reasons: list[str | None] = [None] * self.dp_world_size
+            dist.all_gather_object(reasons, one_line(error) if error is not None else None,
+                                   group=self.mpu.get_data_parallel_group())
+            reason = next((text for text in reasons if text), None)
+            if error is None and reason is not None:
+                error = PeerError(f"the evaluation data of another replica failed: {reason}", 0, reason)
+        return results, error
+
+    def _evaluate(self, micro_batch: int, parts: tuple[Any, ...], compute_loss: bool) -> Any:
         """One micro-batch through this rank's stages; on the last one ``(loss, outputs)``."""
-        if self.is_first_stage():
-            try:
-                batch = next(data_iter)
-            except StopIteration:
-                self.network.end_evaluation(micro_batch)
-                raise
-            batch = self.batch_fn(batch) if self.batch_fn else batch
-            x, labels = (to_device(part if isinstance(part, Tensor) else tuple(part), self.device) for part in batch)
-            votes: list[Tensor] = []
-        else:
-            x, labels, *votes = self.network.recv_evaluation(micro_batch).parts
+        x, labels, *votes = parts
         for stage in self.stages.values():
             x = stage.plain_forward(micro_batch, x)
             votes += self._votes(stage, x)
@@ -492,6 +556,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             "updates": {s: stage.updates for s, stage in self.stage_optimizers.items()},
             "bytes": self.network.bytes_sent() + (self.local.bytes_sent if self.local is not None else 0),
             "messages": self.network.messages_sent(),
+            "held": self.network.held(),
             "tracked": self.tracker.results if self.tracker is not None else [],
         }
         parts = compat.gather_objects(local)
@@ -501,6 +566,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         return {"method": self.decoupled.method, "stages": self.placement.stages, "hops": list(self.axes.hops),
                 "delays": [ticks.delay(s) for s in range(ticks.stages)] if not self.axes.flush else [0] * ticks.stages,
                 "peak_records_in_flight": by_stage["records"], "updates": by_stage["updates"],
+                "held": [p["held"] for p in parts],
                 "bytes_sent": sum(p["bytes"] for p in parts), "messages_sent": sum(p["messages"] for p in parts),
                 "stage_layers": [list(self.placement.layers_of(s)) for s in range(self.placement.stages)],
                 "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],

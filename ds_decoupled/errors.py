@@ -19,5 +19,28 @@ class LinkError(RuntimeError):
     """A message that did not come, or that is not the one that was due."""
 
 
+class PeerError(LinkError):
+    """Another rank failed and said why, so that every rank can say it.
+
+    Attributes:
+        rank: which one, on the pipe axis.
+        reason: its error, in one line.
+    """
+
+    def __init__(self, text: str, rank: int, reason: str) -> None:
+        super().__init__(text)
+        self.rank, self.reason = rank, reason
+
+
+class BatchError(TypeError):
+    """A micro-batch of a form that cannot be trained on: says which form came and which is needed."""
+
+
 class PlanError(RuntimeError):
     """A plan that cannot run: a deadlock, or an action without what it needs."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and what it says, for another message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:1000] if text else type(error).__name__

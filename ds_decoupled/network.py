@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import deque
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ds_decoupled.errors import LinkError, PeerError, one_line
+from ds_decoupled.leaving import wait_at_exit
 from ds_decoupled.links import Codec, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
 from ds_decoupled.schedules import Plan
 
 #: One process group a direction, so that no message waits behind one that goes the other way; evaluation has its own, so
 #: that it may come at any time.
 _DIRECTIONS = ("forward", "backward", "evaluation", "exact forward", "exact backward")
+
+#: Seconds in which a neighbour that waits has heard of a failure; one that computes hears of it while this process leaves.
+_HEARD = 1.0
 
 
 def _make_groups(grid: Any, track: bool) -> dict[str, Any]:
@@ -65,6 +72,7 @@ class Network:
         activations: queue of messages ``(inputs, labels)`` into each local stage, and of what waits to be sent to the next.
         gradients: queue of messages ``(gradients, reconstruction, loss)`` into each local stage, and of what waits to be sent
             to the previous.
+        failed: whether this rank or another has failed.
     """
 
     def __init__(self, grid: Any, plan: Plan, rank: int, device: torch.device, codec: Codec, timeout: float,
@@ -85,7 +93,9 @@ class Network:
         else:
             self._up = {name: Pair(None, None, None, device, codec, timeout) for name in _DIRECTIONS}
         self._forward, self._backward = self._up["forward"], self._up["backward"]
+        self.failed = False
         self.start_run()
+        wait_at_exit(self)
 
     def chain(self, name: str) -> Pair:
         """The links of one direction."""
@@ -102,7 +112,7 @@ class Network:
         self._end: int | None = None
         for receiver in (self._forward.receiver, self._backward.receiver):
             if receiver is not None:
-                receiver.end = None
+                receiver.start()
 
     def expect(self, end_tick: int, fed: int, first: int) -> None:
         """The neighbours will have worked through their ticks before ``end_tick`` when they are where this rank will be."""
@@ -138,14 +148,15 @@ class Network:
         if self._backward.receiver is not None:
             self._expect_gradients()
 
-    def recv_activation(self, stage: int, micro_batch: int) -> int | None:
-        """Take the stage's input in. Returns the micro-batch at which the data ended, once that is known."""
+    def recv_activation(self, stage: int, micro_batch: int) -> tuple[int, PeerError | None] | None:
+        """Take the stage's input in. Returns the micro-batch at which the data ended, once that is known, and why if not for
+        the data's end."""
         receiver = self._forward.receiver
         assert receiver is not None
         message = receiver.recv(micro_batch, self._waiting(stage, stage - 1, "the activation", micro_batch))
         if message is not None:
             self.activations[stage].send(message)
-        return receiver.end
+        return None if receiver.end is None else (receiver.end, self._data_failed(receiver))
 
     def send_gradient(self, stage: int, micro_batch: int) -> None:
         assert self._backward.sender is not None
@@ -158,17 +169,41 @@ class Network:
         assert message is not None
         self.gradients[stage].send(message)
 
-    def flush(self, *directions: str) -> None:
-        """Wait until all that was sent (in these directions) has been taken."""
+    def flush(self, *directions: str, timeout: float | None = None) -> None:
+        """Wait until all that was sent (in these directions) has been taken.
+
+        Raises:
+            LinkError: if that takes longer than ``timeout`` seconds (by default the setting's), or a neighbour is gone.
+        """
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
         for name, pair in self._up.items():
             if pair.sender is not None and name in (directions or self._up):
-                pair.sender.flush(self.timeout)
+                pair.sender.flush(max(0.0, end - time.monotonic()))
 
-    def pass_on_end(self, micro_batch: int) -> None:
-        """Tell the next rank that the data end before ``micro_batch``."""
+    def tell_failure(self, rank: int, reason: str) -> None:
+        """Pipe rank ``rank`` failed: its neighbours learn why, whatever they wait for. Only the first call does anything."""
+        if self.failed:
+            return
+        self.failed = True
+        for pair in self._up.values():
+            if pair.sender is not None:
+                with contextlib.suppress(LinkError):
+                    pair.sender.send_failure(rank, reason)
+        with contextlib.suppress(LinkError):
+            self.flush(timeout=_HEARD)
+
+    def pass_on_end(self, micro_batch: int, reason: str | None = None) -> None:
+        """Tell the next rank that the data end before ``micro_batch``, and why if not for the data's end."""
         self._end = micro_batch
         if self._forward.sender is not None:
-            self._forward.sender.send_end(micro_batch)
+            self._forward.sender.send_end(micro_batch, reason)
+
+    @staticmethod
+    def _data_failed(receiver: RemoteReceiver) -> PeerError | None:
+        if receiver.end_reason is None:
+            return None
+        return PeerError(f"the data of pipe rank 0 failed before micro-batch {receiver.end}: {receiver.end_reason}", 0,
+                         receiver.end_reason)
 
     def _waiting(self, stage: int, source: int, what: str, micro_batch: int) -> str:
         ranks = self.plan.placement.rank_of_stage
@@ -181,29 +216,30 @@ class Network:
         """``count`` micro-batches follow for evaluation."""
         receiver = self._up["evaluation"].receiver
         if receiver is not None:
-            receiver.end = None
+            receiver.start()
             receiver.expect(range(count))
 
-    def recv_evaluation(self, micro_batch: int) -> Message:
-        """Raises StopIteration where the first rank's data ended."""
+    def recv_evaluation(self, micro_batch: int) -> tuple[tuple[Any, ...] | None, Exception | None]:
+        """The parts of the message, or why it will not come: the first rank's data ended or failed."""
         receiver = self._up["evaluation"].receiver
         assert receiver is not None
         message = receiver.recv(micro_batch, self._waiting(self.bottom, self.bottom - 1, "the evaluation", micro_batch))
-        if message is None:
-            self.end_evaluation(micro_batch)
-            raise StopIteration(f"the evaluation data ended before micro-batch {micro_batch}")
-        return message
+        if message is not None:
+            return message.parts, None
+        return None, self._data_failed(receiver) or StopIteration(
+            f"the evaluation data ended before micro-batch {micro_batch}")
 
     def send_evaluation(self, message: Message) -> None:
         sender = self._up["evaluation"].sender
         assert sender is not None
         sender.send(message)
 
-    def end_evaluation(self, micro_batch: int) -> None:
-        """The evaluation data ended."""
+    def end_evaluation(self, micro_batch: int, error: Exception) -> None:
+        """Tell the next rank why ``micro_batch`` and those after it will not come."""
         sender = self._up["evaluation"].sender
         if sender is not None:
-            sender.send_end(micro_batch)
+            reason = error.reason if isinstance(error, PeerError) else one_line(error)
+            sender.send_end(micro_batch, None if isinstance(error, StopIteration) else reason)
 
     # -- counters and checkpoints -----------------------------------------------------------------------------------
 
@@ -214,6 +250,18 @@ class Network:
     def messages_sent(self) -> int:
         """Messages that training sent to other ranks."""
         return sum(pair.sender.messages_sent for pair in (self._forward, self._backward) if pair.sender is not None)
+
+    def held(self) -> dict[str, int]:
+        """What this rank's links hold: ``sent`` buffers that the other side has not taken, messages that ``arrived`` from
+        other ranks and messages ``queued`` between stages, neither asked for yet; and ``peak_sent`` of any link so far."""
+        senders = [pair.sender for pair in self._up.values() if pair.sender is not None]
+        receivers = [pair.receiver for pair in self._up.values() if pair.receiver is not None]
+        queues = [*self.activations.values(), *self.gradients.values()]
+        return {"sent": sum(len(sender.under_way) for sender in senders),
+                "sent_bytes": sum(sender.under_way.nbytes for sender in senders),
+                "arrived": sum(receiver.held for receiver in receivers),
+                "queued": sum(len(link.queue) for link in queues),
+                "peak_sent": max((sender.under_way.peak for sender in senders), default=0)}
 
     def pending(self) -> dict[str, dict[int, list[Message]]]:
         """Messages on their way into this rank's stages."""

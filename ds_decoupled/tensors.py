@@ -19,7 +19,8 @@ def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:
         return (tensors,)
     if isinstance(tensors, (tuple, list)) and all(isinstance(t, Tensor) for t in tensors):
         return tuple(tensors)
-    raise TypeError(f"a layer must return a tensor or a tuple of tensors, as in DeepSpeed; this one gave {_name(tensors)}")
+    raise TypeError("a layer must return a tensor or a tuple of tensors, as in DeepSpeed; this one gave "
+                    f"{describe_value(tensors)}")
 
 
 def like(structure: Tensors, tensors: tuple[Any, ...]) -> Any:
@@ -47,7 +48,9 @@ def nbytes(tensors: Tensors) -> int:
     return sum(t.numel() * t.element_size() for t in as_tuple(tensors))
 
 
-def _name(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """What ``value`` is, for an error."""
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {', '.join(sorted({type(v).__name__ for v in value}))}"
-    return type(value).__name__
+        kinds = ", ".join(sorted({type(v).__name__ for v in value}))
+        return f"a {type(value).__name__} of {kinds}" if value else f"an empty {type(value).__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -41,12 +41,12 @@ class GradientTracker:
         self.engine = engine
         self.every = every
         self.results: list[dict[str, float]] = []
-        self._batches: dict[int, tuple[Tensors, Tensors]] = {}
+        self._batches: dict[int, tuple[Tensors, Tensors | None]] = {}
         self._used: dict[tuple[int, int], list[Tensor | None]] = {}
         self._accumulated: list[Tensor | None] = []
         self._next = 0
 
-    def loaded(self, micro_batch: int, inputs: Tensors, labels: Tensors) -> None:
+    def loaded(self, micro_batch: int, inputs: Tensors, labels: Tensors | None) -> None:
         """Keep the raw batch of a micro-batch that is followed."""
         if micro_batch % self.every == 0:
             self._batches[micro_batch] = (detach(inputs), labels)

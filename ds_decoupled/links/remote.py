@@ -15,11 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_decoupled.errors import LinkError
+from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.links import message as wire
 from ds_decoupled.links.codec import Codec
 from ds_decoupled.links.local import check
 from ds_decoupled.links.message import HEADER_BYTES, Message
+from ds_decoupled.links.under_way import UnderWay, first_line
+
+#: In place of a micro-batch's number: the sender failed, and the message says why.
+_FAILED = -1
 
 
 def buffer_device(group: Any, device: torch.device) -> torch.device:
@@ -32,7 +36,7 @@ def _new_buffer(nbytes: int, on: torch.device, device: torch.device) -> Tensor:
 
 
 class RemoteSender:
-    """Sends to one rank. A send does not wait, unless the queue is full; buffers are let go when their message has left.
+    """Sends to one rank. A send does not wait, unless the queue is full; a buffer is let go when the peer has taken it.
 
     Args:
         peer: the receiver's global rank.
@@ -41,6 +45,9 @@ class RemoteSender:
         codec: how values are written.
         timeout: seconds that a send may wait for room in the queue.
         queue: messages that may be under way at once; None for any number.
+
+    Attributes:
+        under_way: what the peer has not taken yet.
     """
 
     def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec, timeout: float = 600.0,
@@ -51,9 +58,30 @@ class RemoteSender:
         self.bytes_sent = 0
         self.messages_sent = 0
         self._size = HEADER_BYTES
-        self._under_way: deque[tuple[Any, Tensor]] = deque()
+        self.under_way = UnderWay(group, f"rank {peer}")
 
     def send(self, message: Message) -> None:
+        if self.queue is not None:
+            self.under_way.wait_below(self.queue, self.timeout)
+        self._send(message)
+        self.messages_sent += 1
+
+    def send_end(self, micro_batch: int, reason: str | None = None) -> None:
+        """Say that ``micro_batch`` and those after it will not come: the data ran out, or failed for ``reason``."""
+        self.send(Message(micro_batch, () if reason is None else (None, self._text(reason))))
+
+    def send_failure(self, rank: int, reason: str) -> None:
+        """Say that pipe rank ``rank`` failed, and why. Never waits."""
+        self._send(Message(_FAILED, (None, self._text(f"{rank} {reason}"))))
+
+    def _text(self, text: str) -> Tensor:
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+
+    def flush(self, timeout: float) -> None:
+        """Wait until every message was taken: a process that ends before takes them with it."""
+        self.under_way.wait_below(1, timeout)
+
+    def _send(self, message: Message) -> None:
         header, size = wire.encode_header(message, self.codec)
         if size != self._size:
             announcement = _new_buffer(self._size, self.buffer_device, self.device)
@@ -65,34 +93,13 @@ class RemoteSender:
         if self.buffer_device != self.device:
             torch.cuda.current_stream(self.device).synchronize()  # the copy to host memory must be complete
         self._isend(buffer)
-        self.messages_sent += 1
-
-    def send_end(self, micro_batch: int) -> None:
-        """Say that ``micro_batch`` and those after it will not come: the data ran out."""
-        self.send(Message(micro_batch, ()))
-
-    def flush(self, timeout: float) -> None:
-        """Wait until every message has left: a process that ends before takes them with it."""
-        while self._under_way:
-            self._wait_for_one(timeout)
-
-    def _wait_for_one(self, timeout: float) -> None:
-        work, _ = self._under_way.popleft()
-        try:
-            work.wait(timedelta(seconds=timeout))
-        except RuntimeError as error:
-            raise LinkError(f"rank {self.peer} did not take a message within {timeout:g} s, or is gone "
-                            f"({_first(error)})") from error
 
     def _isend(self, buffer: Tensor) -> None:
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
-        while self.queue is not None and len(self._under_way) >= self.queue:
-            self._wait_for_one(self.timeout)
         try:
-            self._under_way.append((dist.isend(buffer, self.peer, group=self.group), buffer))
+            self.under_way.add(dist.isend(buffer, self.peer, group=self.group), buffer)
         except RuntimeError as error:
-            raise LinkError(f"a message to rank {self.peer} could not be sent: that rank is gone ({_first(error)})") from error
+            raise LinkError(f"a message to rank {self.peer} could not be sent: that rank is gone "
+                            f"({first_line(error)})") from error
         self.bytes_sent += buffer.numel()
 
 
@@ -103,7 +110,8 @@ class RemoteReceiver:
     that nobody will ever answer.
 
     Attributes:
-        end: the first micro-batch that will not come, once the sender has said so (its data ran out).
+        end: the first micro-batch that will not come, once the sender has said so (its data ran out, or failed).
+        end_reason: why, if the data failed.
     """
 
     def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec, timeout: float) -> None:
@@ -112,9 +120,15 @@ class RemoteReceiver:
         self.buffer_device = buffer_device(group, device)
         self.arrived: deque[Message] = deque()
         self.end: int | None = None
+        self.end_reason: str | None = None
         self._expected: deque[int] = deque()
+        self._failure: tuple[int, str] | None = None
         self._posted: tuple[Any, Tensor] | None = None
         self._size = HEADER_BYTES
+
+    def start(self) -> None:
+        """New data follow: no end is known."""
+        self.end = self.end_reason = None
 
     def expect(self, micro_batches: Iterable[int]) -> None:
         """The messages of ``micro_batches`` are sure to be sent, or an end of the data before them."""
@@ -135,6 +149,7 @@ class RemoteReceiver:
 
         Raises:
             LinkError: if it does not come in time, the sender is gone, or another micro-batch comes.
+            PeerError: if the sender said that a rank failed.
         """
         if not self.arrived and not self._expected and self.end is None:
             raise LinkError(f"{what}: the plan sends no such message")
@@ -150,8 +165,14 @@ class RemoteReceiver:
             self._take_in(what)
         return list(self.arrived)
 
+    @property
+    def held(self) -> int:
+        """Messages that came and were not asked for yet; a buffer for the next one is not counted."""
+        return len(self.arrived)
+
     def _take_in(self, what: str) -> None:
-        """Wait for one buffer: a message, the announcement of a size, or the end of the data."""
+        """Wait for one buffer: a message, the announcement of a size, the end of the data, or why the sender failed."""
+        self._raise_if_failed(what)
         self._post()
         assert self._posted is not None
         work, buffer = self._posted
@@ -159,7 +180,7 @@ class RemoteReceiver:
             work.wait(self.timeout)
         except RuntimeError as error:
             raise LinkError(f"{what}: nothing came within {self.timeout.total_seconds():g} s, or that rank is gone "
-                            f"({_first(error)})") from error
+                            f"({first_line(error)})") from error
         self._posted = None
         size = wire.read_size(buffer)
         if size != buffer.numel():
@@ -167,14 +188,24 @@ class RemoteReceiver:
             self._post()
             return
         message = wire.read(buffer, self.codec, self.device)
-        if message.parts:
+        if message.micro_batch == _FAILED:
+            rank, _, reason = _read_text(message).partition(" ")
+            self._failure = int(rank), reason
+            self._raise_if_failed(what)
+        if message.parts and message.parts[0] is not None:
             self._expected.popleft()
             self.arrived.append(message)
         else:
             self.end = message.micro_batch
+            self.end_reason = _read_text(message) if message.parts else None
             self._expected = deque(m for m in self._expected if m < self.end)
         self._post()
 
+    def _raise_if_failed(self, what: str) -> None:
+        if self._failure is not None:
+            rank, reason = self._failure
+            raise PeerError(f"{what}, but pipe rank {rank} failed: {reason}", rank, reason)
 
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+def _read_text(message: Message) -> str:
+    return bytes(message.parts[1].tolist()).decode(errors="replace")
