@@ -51,7 +51,7 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
         torch.save({"client_state": client_state, "stages": engine.placement.stages, "replicas": engine.dp_world_size,
                     "method": engine.decoupled.method, "stage_bounds": list(engine.placement.stage_bounds),
                     "global_steps": engine.global_steps, "global_samples": engine.global_samples,
-                    "run": (engine._first_micro_batch, engine._fed, engine._tick)},
+                    "seed": engine.seeds.base, "run": (engine._first_micro_batch, engine._fed, engine._tick)},
                    os.path.join(folder, "decoupled_engine.pt"))
     dist.barrier()
     if save_latest and engine.global_rank == 0:
@@ -91,6 +91,7 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         stage.load_state_dict(saved["stage"])
         for kind, messages in saved["pending"].items():
             pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
+    engine.seeds.base = state["seed"]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     engine._first_micro_batch, engine._fed, engine._tick = state["run"]
     engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)

@@ -6,8 +6,9 @@ private name is still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, MUON_OPTIMIZER
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
+from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor
 from torch.compiler import set_stance
 
@@ -65,13 +67,41 @@ def layer_specs(module: PipelineModule) -> list[Any]:
 
 
 def layer_parameters(module: PipelineModule) -> list[float]:
-    """Trainable parameters of every layer of the whole model, counted without memory where the layers allow it."""
-    try:
-        with torch.device("meta"):
+    """Trainable parameters of every layer of the whole model before it is built, counted without memory where the layers allow
+    it; no random number is used up."""
+    with torch.random.fork_rng():
+        try:
+            with torch.device("meta"):
+                counts = module._count_layer_params()
+        except (RuntimeError, NotImplementedError, ValueError):  # a layer that looks at its own values while it is built
             counts = module._count_layer_params()
-    except (RuntimeError, NotImplementedError, ValueError):  # a layer that looks at its own values while it is built
-        counts = module._count_layer_params()
     return [float(n) for n in counts]
+
+
+def built_parameters(module: PipelineModule) -> list[float]:
+    """Trainable parameters of every layer of the whole model once it is built, each counted on its rank; a collective call."""
+    counts = [0.0] * len(module._layer_specs)
+    for index, function in enumerate(module.forward_funcs, module._local_start):
+        # A tied layer with a forward_fn is partial(forward_fn, layer).
+        layer = function.args[0] if isinstance(function, partial) and function.args else function
+        if isinstance(layer, torch.nn.Module):
+            counts[index] = float(sum(p.numel() for p in layer.parameters() if p.requires_grad))
+    return [max(layer) for layer in zip(*gather_objects(counts))]
+
+
+def layer_seeding(module: PipelineModule) -> Callable[[int, int], None] | None:
+    """How ``module`` seeds a layer for a micro-batch where the user asked for it (``seed_layers``); None where nobody did.
+
+    The number is that of ``PipelineModule.forward``, whose first micro-batch has the offset 2.
+    """
+    if not module.seed_layers:
+        return None
+    seed: Callable[[int], Any] = module.seed_fn or set_random_seed
+
+    def seed_layer(layer: int, micro_batch: int) -> None:
+        seed(module.base_seed * (micro_batch + 2) + layer)
+
+    return seed_layer
 
 
 def tied_keys(module: PipelineModule) -> list[str]:
@@ -255,6 +285,13 @@ def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tenso
         return
     for parameter, grad in zip(parameters, grads):
         parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def from_first_rank(value: Any) -> Any:
+    """``value`` of global rank 0, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def gather_objects(value: Any) -> list[Any]:

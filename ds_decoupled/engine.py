@@ -35,6 +35,7 @@ from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
 from ds_decoupled.stages.heads import groups_with_heads
+from ds_decoupled.stages.randomness import drawn_seed
 from ds_decoupled.tensors import Gradients, Tensors
 from ds_decoupled.tracker import GradientTracker
 
@@ -116,7 +117,10 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def _build_stages(self) -> None:
         rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
-        seeds = LayerSeeds(getattr(self.module, "base_seed", 0), self.mpu.get_data_parallel_rank(), self.device)
+        # A plain module's base_seed is a constant that nobody chose.
+        chosen = self.module.base_seed if isinstance(self.module, compat.PipelineModuleBase) else None
+        base = compat.from_first_rank(drawn_seed()) if chosen is None else chosen
+        self.seeds = LayerSeeds(base, self.mpu.get_data_parallel_rank(), self.device, compat.layer_seeding(self.module))
         start = self.placement.rank_layer_bounds[rank]
         compiled = self.decoupled.compile_settings()
         if compiled is not None:
@@ -126,7 +130,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
             puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
-            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
+            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn,
+                    self.seeds)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
         if self.axes.window:
             self.local = LocalLosses(self)

@@ -11,7 +11,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs, wait_for_all
+from ds_decoupled.compat import (
+    PipelineModuleBase,
+    built_parameters,
+    from_first_rank,
+    layer_parameters,
+    layer_specs,
+    wait_for_all,
+)
 from ds_decoupled.config import BLOCK, DecoupledConfig, check_bounds, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
@@ -20,6 +27,9 @@ from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
 from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Tensors
+
+#: PipelineModule's own default.
+_DEEPSPEED_SEED = 1234
 
 
 class SeededLayerSpec(LayerSpec):
@@ -69,7 +79,10 @@ class DecoupledPipelineModule(PipelineModuleBase):
         stages: overrides the block's ``stages``.
         partition: overrides the block's ``partition``; ``partition_method`` is its name in DeepSpeed and works too.
         sample_input: an input of the first layer, needed by ``"partition": "profile"``.
-        base_seed: seed of the layers' weights and of dropout.
+        base_seed: seed of the layers' weights and of dropout; by default drawn from torch's generator on the first rank, so
+            that ``torch.manual_seed`` decides.
+        seed_layers: seed layers in DeepSpeed's way, with ``seed_fn(number)`` if there is one: before a layer is built with
+            ``base_seed`` (1234 if not given) plus its index, and before it runs.
         **kwargs: as for ``PipelineModule`` (``loss_fn``, ``topology``, ...).
 
     Raises:
@@ -79,7 +92,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
     def __init__(self, layers: Sequence[Any], num_stages: int | None = None, *, topology: Any = None,
                  config: str | Path | dict[str, Any] | None = None, stages: int | str | list[int] | None = None,
                  partition: str | list[int] | None = None, partition_method: str | None = None, sample_input: Any = None,
-                 base_seed: int = 1234, loss_fn: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+                 base_seed: int | None = None, seed_layers: bool = False, loss_fn: Callable[..., Any] | None = None,
+                 **kwargs: Any) -> None:
         import deepspeed
 
         deepspeed.init_distributed()
@@ -94,11 +108,17 @@ class DecoupledPipelineModule(PipelineModuleBase):
         axes = given.axes()
         self._recover, self._window, self._head = axes.recover, axes.window, given.head
         self.placement: Placement
-        specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
+        if seed_layers:
+            base_seed = _DEEPSPEED_SEED if base_seed is None else base_seed
+            specs = layers
+        else:
+            if base_seed is None:
+                base_seed = from_first_rank(int(torch.randint(1 << 62, ()).item()))
+            specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
         if topology is None and num_stages is None:
             num_stages = torch.distributed.get_world_size()
         super().__init__(specs, num_stages=num_stages, topology=topology, loss_fn=loss_fn, base_seed=base_seed,
-                         partition_method="uniform", **kwargs)
+                         seed_layers=seed_layers, partition_method="uniform", **kwargs)
 
     def rank_layer_bounds(self) -> list[int]:
         """Cut the layers into stages, spread the stages over the ranks."""
@@ -117,6 +137,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
         if method == "uniform" or isinstance(method, list):
             return ([1.0] * len(layer_specs(self)),) * 2
         if method == "parameters":
+            if self.num_stages == 1 and not isinstance(self._stages_setting, int):  # there is nothing to balance
+                return ([1.0] * len(layer_specs(self)),) * 2
             return (layer_parameters(self),) * 2
         if method == "profile":
             if self.sample_input is None:
@@ -237,4 +259,4 @@ def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Plac
         starts = module._starts
     else:
         starts = block_starts(layer_specs(module))
-    return place_within(list(module.parts), setting, layer_parameters(module), starts)
+    return place_within(list(module.parts), setting, built_parameters(module), starts)

@@ -13,8 +13,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from torch import nn
 
-from ds_decoupled.stages.layers import backward, leaves
-from ds_decoupled.tensors import Tensors, as_tuple, detach, to_device
+from ds_decoupled.stages.layers import backward
+from ds_decoupled.tensors import Tensors, as_tuple, detach, leaves, to_device
 
 #: Timed runs of a layer, after one that warms up.
 _REPEATS = 5

@@ -38,6 +38,11 @@ def detach(tensors: Tensors) -> Tensors:
     return map_tensors(Tensor.detach, tensors)
 
 
+def leaves(tensors: Tensors, need_grad: bool) -> Tensors:
+    """The same values as the leaves of a new graph: floating-point (and complex) ones collect gradients if ``need_grad``."""
+    return map_tensors(lambda t: t.detach().requires_grad_(need_grad and (t.is_floating_point() or t.is_complex())), tensors)
+
+
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
     """The same values on ``device``."""
     return map_tensors(lambda t: t.to(device, non_blocking=True), tensors)

@@ -17,9 +17,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_decoupled.links import Message
-from ds_decoupled.stages.batch_norm import frozen_statistics
-from ds_decoupled.stages.layers import leaves
-from ds_decoupled.tensors import Tensors, as_tuple, detach
+from ds_decoupled.tensors import Tensors, as_tuple, detach, leaves
 
 if TYPE_CHECKING:
     from ds_decoupled.engine import DecoupledPipelineEngine
@@ -114,7 +112,7 @@ class GradientTracker:
         ends: list[tuple[int, Tensors, Tensors]] = []
         for index, stage in engine.stages.items():
             inputs = leaves(x, index > 0)
-            with torch.enable_grad(), frozen_statistics(stage.norms):
+            with torch.enable_grad(), stage.buffers.held():
                 outputs = stage.plain_forward(micro_batch, inputs)
             ends.append((index, inputs, outputs))
             x = detach(outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import odd_layers  # noqa: F401  (its nets join NETS)
 import torch
 from nets import NETS, batches, token_batches, varied
 from torch import nn
@@ -139,7 +140,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
             x, dx = backward(m, y, dy)
             wanted = inputs.pop((m, index))
             for a, b in zip(x if isinstance(x, tuple) else (x,), wanted if isinstance(wanted, tuple) else (wanted,)):
-                errors.append((index, ((a - b).norm() / b.norm()).item()))
+                errors.append((index, ((a - b).float().norm() / b.float().norm()).item()))
             return x, dx
 
         stage.forward, stage.backward = forward_seen, backward_seen

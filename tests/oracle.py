@@ -31,6 +31,11 @@ def _run(stage: nn.Sequential, x: Any) -> Any:
     return stage(tuple(t.clone() for t in x) if isinstance(x, tuple) else x.clone())
 
 
+def _back(y: Any, dy: tuple[Tensor | None, ...]) -> None:
+    pairs = [(t, d) for t, d in zip(_tuple(y), dy) if d is not None and t.requires_grad]
+    torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])
+
+
 class Oracle:
     """One method on one list of stages, trained in one process by the definition."""
 
@@ -86,7 +91,7 @@ class Oracle:
         if self.recover == "graph":
             leaves, outputs, module = self._records.pop((m, s))
             module.zero_grad() if module is not live else None
-            torch.autograd.backward(list(_tuple(outputs)), list(dy))
+            _back(outputs, dy)
             if module is not live:
                 self._add(live, [p.grad for p in module.parameters()])
             return leaves, tuple(t.grad for t in _tuple(leaves))
@@ -105,11 +110,13 @@ class Oracle:
         while index > 0:
             layer = layers[index - 1]
             if isinstance(layer, ReversibleCoupling):
-                y1, y2 = y
-                x1 = y2.detach().clone().requires_grad_()
-                f = layer.f(x1)
+                y1, y2, *rest = y  # what travels beside the streams goes through unchanged, and its gradients add up
+                x1, *beside = _leaves((y2, *rest))
+                f = layer.f(x1, *beside)
                 f.backward(dy[0])
-                y, dy = (x1.detach(), y1 - f.detach()), (dy[1] + x1.grad, dy[0])
+                y = x1.detach(), y1 - f.detach(), *rest
+                dy = (dy[1] + x1.grad, dy[0], *(d if r.grad is None else r.grad if d is None else d + r.grad
+                                                for r, d in zip(beside, dy[2:])))
                 index -= 1
             else:
                 start = index - 1
@@ -134,7 +141,7 @@ class Oracle:
             for b, now in zip(old.buffers(), live.buffers()):
                 b.copy_(now)
         y = _run(module, leaves)
-        torch.autograd.backward(list(_tuple(y)), list(dy))
+        _back(y, dy)
         if old is not None:
             self._add(live, [p.grad for p in old.parameters()])
             for b, new in zip(live.buffers(), old.buffers()):

@@ -66,6 +66,20 @@ def test_plain_gpt(method: str) -> None:
     compare({"method": method, "net": "gpt", "net_args": {"reversible": False}, "batches": 16, "k": 2})
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_context_beside_the_streams(method: str, ranks: int) -> None:
+    """A trained layer below makes what couplings read beside their streams: its gradients go through every reversible run."""
+    compare({"method": method, "net": "context", "batches": 12, "k": 2}, ranks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_with_states(method: str) -> None:
+    """Counters, moving averages and spectral norms move once per micro-batch, where the gradients come from."""
+    # Under a flush, which micro-batch's backward moved them before a forward pass sees them depends on the ranks.
+    compare({"method": method, "net": "stateful", "batches": 12, "k": 1 if method == "reversible" else 2}, 2)
+
+
 @pytest.mark.parametrize("method", ["petra", "delayed"])
 @pytest.mark.parametrize("stages", [2, 3, [0, 2, 7]])
 def test_stages_of_several_layers(method: str, stages: int | list[int]) -> None:

@@ -19,11 +19,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ds_decoupled.tensors import leaves
+
 Streams = tuple[Tensor, ...]
 
 
 def _parameter_dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _sum(own: Tensor | None, above: Tensor | None) -> Tensor | None:
+    """Of two gradients, None for zero; ``own`` may be written to."""
+    return above if own is None else own if above is None else own.add_(above)
 
 
 class ReversibleCoupling(nn.Module):
@@ -70,20 +77,18 @@ class ReversibleCoupling(nn.Module):
 
         Args:
             outputs: ``(y1, y2, *rest)``.
-            grads: ``(dy1, dy2, *ignored)``; None stands for zero.
+            grads: ``(dy1, dy2, *drest)``; None stands for zero.
 
         Returns:
-            ``(x1, x2, *rest)`` and ``(dx1, dx2, *None)``; parameter gradients are added to ``.grad``.
+            ``(x1, x2, *rest)`` and ``(dx1, dx2, *drest)``: what travels behind the streams comes out as it went in, and its
+            gradient is what came from above plus ``J_F(rest)^T dy1``. Parameter gradients are added to ``.grad``.
         """
         y1, y2, *rest = outputs
-        dy1, dy2 = grads[0], grads[1]
+        dy1, dy2, *drest = grads
         with torch.enable_grad():
-            x1 = y2.detach().requires_grad_()
-            residual = self._residual(x1, tuple(rest))
+            x1, *beside = leaves((y2, *rest), True)
+            residual = self._residual(x1, tuple(beside))
         x2 = y1 - residual.detach()
-        dx1 = dy2
         if dy1 is not None and residual.requires_grad:
             torch.autograd.backward(residual, dy1.to(residual.dtype))
-            if x1.grad is not None:
-                dx1 = x1.grad if dy2 is None else x1.grad.add_(dy2)
-        return (y2, x2, *rest), (dx1, dy1, *(None for _ in rest))
+        return (y2, x2, *rest), (_sum(x1.grad, dy2), dy1, *(_sum(b.grad, d) for b, d in zip(beside, drest)))

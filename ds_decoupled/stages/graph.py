@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_decoupled.stages.batch_norm import restored_statistics
-from ds_decoupled.stages.layers import backward, input_gradients, leaves
+from ds_decoupled.stages.layers import backward, input_gradients
 from ds_decoupled.stages.run import Run
 from ds_decoupled.stages.weights import Saved, SavedActivation
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, to_device
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves, to_device
 
 
 @dataclass
@@ -97,7 +96,7 @@ class GraphRun(Run):
         for m, record in state.items():
             inputs = leaves(to_device(record["inputs"], device), self.need_input_grad)
             saved: list[weakref.ref[Saved]] = []
-            # Not with frozen statistics: batch norm would then save fewer tensors than the graph that was stored.
-            with torch.enable_grad(), self.weights.replay(record["saved"], saved), restored_statistics(self.layers.norms):
+            # Not held(): batch norm would then save fewer tensors than the graph that was stored.
+            with torch.enable_grad(), self.weights.replay(record["saved"], saved), self.layers.buffers.put_back():
                 outputs = self.layers.keep_input(inputs, m)
             self._records[m] = _Record(inputs, outputs, saved)

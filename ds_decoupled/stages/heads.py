@@ -23,7 +23,6 @@ from ds_decoupled.nn.heads import (
     shared_blocks,
 )
 from ds_decoupled.schedules import Ticks
-from ds_decoupled.stages.batch_norm import frozen_statistics
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.stages.stage import Stage
@@ -73,7 +72,7 @@ def outputs_of(stages: Iterable[Stage], inputs: Tensors) -> list[Tensors]:
         training = [m.training for m in modules]
         for m in modules:
             m.training = False
-        with frozen_statistics(stage.norms):
+        with stage.buffers.held():
             x = stage.plain_forward(0, x)
         for m, mode in zip(modules, training):
             m.training = mode
@@ -186,7 +185,7 @@ def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
             readout = make_readout(layer_specs(module), like, engine.device)
         for (index, stage), given in zip(stages.items(), here):
             if isinstance(stage, LocalStage) and first_loss <= index < last:
-                stage.head = make_head(config.head, given, outputs, getattr(module, "base_seed", 0), index, like, engine.device,
+                stage.head = make_head(config.head, given, outputs, engine.seeds.base, index, like, engine.device,
                                        layer_specs(module), readout)
     except ConfigError as error:
         failure = error

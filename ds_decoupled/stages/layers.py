@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
-from ds_decoupled.stages.batch_norm import tracking_modules
+from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
 
@@ -25,16 +24,17 @@ class Layers:
         functions: the layers.
         first: the first one's index in the whole model.
         seeds: their random seeds.
+        buffers: what they keep beside their weights.
     """
 
     functions: Sequence[Layer]
     first: int
     seeds: LayerSeeds
-    norms: list[_NormBase] = field(init=False)
+    buffers: Buffers = field(init=False)
     _copy_input: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.norms = tracking_modules(self.functions)
+        self.buffers = Buffers(self.functions)
 
     def __call__(self, inputs: Tensors, micro_batch: int) -> Tensors:
         """The last layer's output."""
@@ -57,11 +57,6 @@ class Layers:
         outputs = self(copies, micro_batch)
         self._copy_input = before != [t._version for t in as_tuple(copies)]
         return outputs
-
-
-def leaves(inputs: Tensors, need_grad: bool) -> Tensors:
-    """``inputs`` as the leaves of a new graph: floating-point ones collect gradients if ``need_grad``."""
-    return map_tensors(lambda t: t.detach().requires_grad_(need_grad and t.is_floating_point()), inputs)
 
 
 def backward(outputs: Tensors, grads: Gradients) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ds_decoupled.nn.heads import StageHead
 from ds_decoupled.stages.graph import GraphRun
-from ds_decoupled.stages.layers import leaves
 from ds_decoupled.stages.stage import LossResult, Stage
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
 _HEAD_SEED = 1 << 20  # past every layer's index
 

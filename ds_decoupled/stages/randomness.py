@@ -7,10 +7,12 @@ they were found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 _MASK = (1 << 63) - 1
@@ -44,33 +46,50 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return generators
 
 
-@dataclass(frozen=True)
+def drawn_seed() -> int:
+    """A seed from torch's generator as it stands, which does not move: two runs with the same ``torch.manual_seed`` get the
+    same one."""
+    with torch.random.fork_rng(devices=[]):
+        return int(torch.randint(_MASK, ()).item())
+
+
+@dataclass
 class LayerSeeds:
     """Seeds of the layers of one replica.
 
     Attributes:
-        base: the run's seed.
+        base: the run's seed; a checkpoint brings its own.
         replica: the data-parallel rank, so that replicas draw different masks.
         device: the device whose generator is seeded beside the CPU's.
+        own: the user's way, called with the layer and the micro-batch in place of all this
+            (``PipelineModule(seed_layers=True)``).
     """
 
     base: int
     replica: int
     device: torch.device
+    own: Callable[[int, int], None] | None = None
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Leave the global generators as they were."""
         generators = _generators(self.device)
         states = [g.get_state() for g in generators]
+        others = None if self.own is None else (random.getstate(), np.random.get_state())
         try:
             yield
         finally:
             for generator, state in zip(generators, states):
                 generator.set_state(state)
+            if others is not None:
+                random.setstate(others[0])
+                np.random.set_state(others[1])
 
     def set(self, layer: int, micro_batch: int) -> None:
         """Seed the generators for one layer (its index in the whole model) and one micro-batch."""
+        if self.own is not None:
+            self.own(layer, micro_batch)
+            return
         seed = mix(self.base, self.replica, layer, micro_batch)
         for generator in _generators(self.device):
             generator.manual_seed(seed)

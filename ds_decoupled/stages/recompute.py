@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_decoupled.stages.batch_norm import frozen_statistics
-from ds_decoupled.stages.layers import backward, input_gradients, leaves
+from ds_decoupled.stages.layers import backward, input_gradients
 from ds_decoupled.stages.run import Run
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, to_device
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves, to_device
 
 
 class RecomputeRun(Run):
@@ -26,7 +25,7 @@ class RecomputeRun(Run):
 
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
         self._inputs[micro_batch] = detach(inputs)
-        with torch.no_grad(), frozen_statistics(self.layers.norms):
+        with torch.no_grad(), self.layers.buffers.held():
             return self.layers.keep_input(inputs, micro_batch)
 
     def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:

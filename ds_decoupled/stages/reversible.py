@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ds_decoupled.stages.batch_norm import frozen_statistics, tracking_modules
-from ds_decoupled.stages.layers import backward, input_gradients, leaves
+from ds_decoupled.stages.buffers import Buffers
+from ds_decoupled.stages.layers import backward, input_gradients
 from ds_decoupled.stages.run import Run
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
 
 @runtime_checkable
@@ -23,7 +23,8 @@ class Invertible(Protocol):
     """A layer that can be undone: ``inverse(outputs)`` gives the inputs, in the form that the layer takes them.
 
     A layer may also have ``reverse(outputs, grads) -> (inputs, input grads)``, which adds the parameters' gradients to
-    ``.grad``; see :meth:`ds_decoupled.nn.ReversibleCoupling.reverse`.
+    ``.grad``; see :meth:`ds_decoupled.nn.ReversibleCoupling.reverse`. Whatever floating-point tensors it passes on beside what
+    it inverts, their gradients go through it too: somebody below may have made them.
     """
 
     def inverse(self, outputs: Any) -> Any: ...
@@ -40,9 +41,13 @@ class ReversibleRun(Run):
     wants_output = True
     _checked = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._inverted: dict[int, Buffers] = {}  # of layers that an inverse and then a forward pass run through
+
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
         before = [t._version for t in as_tuple(inputs)]
-        with torch.no_grad(), frozen_statistics(self.layers.norms):
+        with torch.no_grad(), self.layers.buffers.held():
             outputs = self.layers(inputs, micro_batch)
         if not self._checked:
             self._checked = True
@@ -73,7 +78,9 @@ class ReversibleRun(Run):
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         if hasattr(layer, "reverse"):
             return layer.reverse(outputs, grads)
-        with torch.no_grad(), frozen_statistics(tracking_modules([layer])):
+        if index not in self._inverted:
+            self._inverted[index] = Buffers([layer])
+        with torch.no_grad(), self._inverted[index].held():
             rebuilt = detach(layer.inverse(outputs))
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         inputs = leaves(rebuilt, True)

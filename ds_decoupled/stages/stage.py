@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ds_decoupled.config import Axes
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphRun
-from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients, leaves
+from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeRun
 from ds_decoupled.stages.reversible import ReversibleRun, is_invertible
 from ds_decoupled.stages.run import Run
 from ds_decoupled.stages.split import DeferredWeightGradients
 from ds_decoupled.stages.weights import Weights
-from ds_decoupled.tensors import Gradients, Tensors, detach
+from ds_decoupled.tensors import Gradients, Tensors, detach, leaves
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -159,9 +159,9 @@ class Stage:
             return self._all.keep_input(inputs, micro_batch)
 
     @property
-    def norms(self) -> list[_NormBase]:
-        """Modules with running statistics."""
-        return self._all.norms
+    def buffers(self) -> Buffers:
+        """What its layers keep beside their weights."""
+        return self._all.buffers
 
     @property
     def layers(self) -> Sequence[Layer]:
