@@ -23,6 +23,8 @@ from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor
 from torch.compiler import set_stance
 
+from ds_decoupled.errors import ConfigError
+
 #: Private names by owner, for the test that they are still there.
 PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
@@ -102,6 +104,26 @@ def layer_seeding(module: PipelineModule) -> Callable[[int, int], None] | None:
         seed(module.base_seed * (micro_batch + 2) + layer)
 
     return seed_layer
+
+
+def hooks_of(module: PipelineModule) -> list[int]:
+    """The ids of the hooks on the module itself, not on its layers."""
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return [key for hooks in kinds for key in hooks]
+
+
+def check_runs_by_layers(module: PipelineModule) -> None:
+    """Stages call a module's layers one by one: what else it does when it is called would not happen.
+
+    Raises:
+        ConfigError: for a ``forward`` of its own, or hooks on the module itself.
+    """
+    if getattr(module.forward, "__func__", None) is not PipelineModule.forward:
+        raise ConfigError("model", type(module).__name__, "it has a forward() of its own, and stages call its layers one by "
+                          "one", "Put what it does into a layer.")
+    if hooks_of(module):
+        raise ConfigError("model", type(module).__name__, "it has hooks, and stages call its layers one by one, never the "
+                          "module", "Register them on a layer.")
 
 
 def tied_keys(module: PipelineModule) -> list[str]:

@@ -9,7 +9,7 @@ stage goes forward and back is the stage's (:mod:`ds_decoupled.stages`).
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,6 +57,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.axes = decoupled.axes()
         self.placement = placement
         check_local(decoupled, placement)
+        compat.check_runs_by_layers(kwargs["model"])
         self.stages: dict[int, Stage] = {}
         self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
@@ -86,6 +87,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.feed = Feed(self.device, needs_labels=self.module.loss_fn is not None)
         self._batches: deque[MicroBatch] = deque()
         self._losses: list[Tensor] = []
+        self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
         self.train_seconds = 0.0
 
     # -- optimizers ---------------------------------------------------------------------------------------------------
@@ -166,6 +168,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
         with self._failure_told():
+            self._check_hooks()
             self._train_mode()
             if self.local is not None:
                 self.local.before_batch(ended=self._end is not None)
@@ -186,6 +189,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
         self._after_batch(loss)
         return loss
+
+    def _check_hooks(self) -> None:
+        if compat.hooks_of(self.module) != self._hooks:
+            raise RuntimeError("a hook was registered on the pipeline module, and stages call its layers one by one, never the "
+                               "module: register it on a layer")
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
@@ -297,10 +305,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _mean_loss(self) -> Tensor:
         if not self._losses:
             return torch.full((), float("nan"), device=self.device)
-        loss = torch.stack([value.float().reshape(()) for value in self._losses]).mean()
+        losses = torch.stack([value.float().reshape(-1) for value in self._losses]).mean(0)
         if self.is_data_parallel:
-            dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
-            loss /= self.dp_world_size
+            dist.all_reduce(losses, group=self.mpu.get_data_parallel_group())
+            losses /= self.dp_world_size
+        loss, *additional = losses.unbind()
+        if additional:
+            self.agg_additional_losses = OrderedDict(zip(self.module.get_additional_losses(), additional))
         return loss
 
     def _after_batch(self, loss: Tensor) -> None:
@@ -314,7 +325,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         every = self.steps_per_print()
         if self.global_rank == 0 and every is not None and self.global_steps % every == 0:
             rate = self.train_batch_size() * self.global_steps / self.train_seconds
-            print(f"steps: {self.global_steps} loss: {loss.item():0.4f} samples/sec: {rate:0.3f}", flush=True)
+            shown = {"loss": loss, **(self.agg_additional_losses or {})} if self._losses else {}
+            told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
+            print(f"steps: {self.global_steps} {told} samples/sec: {rate:0.3f}", flush=True)
 
     # -- instructions ------------------------------------------------------------------------------------------------------
 
@@ -365,11 +378,20 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if self.tracker is not None:
             self.tracker.begin(stage, micro_batch)
         result = self.stages[stage].loss_and_backward(micro_batch, inputs, labels, 1 / self.plan.k)
+        loss = self._with_additional(result.loss) if stage == self.placement.stages - 1 else result.loss
         if stage == self._top or not self.axes.window:
-            self._losses.append(result.loss)
+            self._losses.append(loss)
         if stage + 1 < self.placement.stages:
             self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
-        self._after_backward(stage, micro_batch, result.inputs, result.grads, result.loss)
+        self._after_backward(stage, micro_batch, result.inputs, result.grads, loss)
+
+    def _with_additional(self, loss: Tensor) -> Tensor:
+        """The loss, followed by the module's additional ones (:meth:`PipelineModule.get_additional_losses`) if it has any;
+        they are reported, and nobody learns from them."""
+        additional = self.module.get_additional_losses()
+        if not additional:
+            return loss
+        return torch.stack([value.detach().float().reshape(()) for value in (loss, *additional.values())])
 
     def _backward(self, stage: int, micro_batch: int) -> None:
         if self._ended(micro_batch):
@@ -469,6 +491,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if count < 1:
             raise ValueError(f"eval_batch(num_micro_batches={num_micro_batches}): at least 1 is needed")
         with self._failure_told(), torch.no_grad():
+            self._check_hooks()
             self.module.eval()
             self.network.expect_evaluation(count)
             results, error = self._evaluate_all(count, data_iter, compute_loss)

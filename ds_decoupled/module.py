@@ -17,13 +17,13 @@ from ds_decoupled.compat import (
     from_first_rank,
     layer_parameters,
     layer_specs,
-    wait_for_all,
 )
 from ds_decoupled.config import BLOCK, DecoupledConfig, check_bounds, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import HeadMaker, layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
+from ds_decoupled.shared_memory import release_names
 from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Tensors
@@ -97,7 +97,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         import deepspeed
 
         deepspeed.init_distributed()
-        wait_for_all()
+        release_names()
         layers = list(layers)
         block = parse_block(config) if config is not None else None
         given = block or DecoupledConfig(method="backprop")

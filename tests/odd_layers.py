@@ -157,4 +157,9 @@ def counted_net() -> list[Any]:
     return [LayerSpec(Counted, inputs, outputs) for inputs, outputs in zip(widths, widths[1:])]
 
 
+def linear_head(shape: torch.Size, outputs: int) -> nn.Module:
+    """A head by its name, ``odd_layers:linear_head``."""
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(outputs))
+
+
 NETS.update(context=context_net, stateful=stateful_net, counted=counted_net)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def launch(recipe: str, *arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """``deepspeed recipes/RECIPE.py ARGUMENTS``."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds._free_port()), f"recipes/{recipe}.py",
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds.free_port()), f"recipes/{recipe}.py",
                *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
 

@@ -21,7 +21,7 @@ _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["preloaded"])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that is free now; tests that run side by side take theirs from different ones.
 
     Below those that the kernel gives to connections, one of which might take it before a world's first rank listens.
@@ -63,7 +63,7 @@ class RankFailed(AssertionError):
 
 def start(world: int, fn: Callable[..., Any], *args: Any) -> list[tuple[Any, Connection, str]]:
     """Start ``fn(*args)`` on every rank; returns processes, pipes and log files."""
-    port = _free_port()
+    port = free_port()
     folder = tempfile.mkdtemp(prefix="world-")
     ranks = []
     for rank in range(world):
