@@ -49,6 +49,7 @@ def distributed(backend: str | None) -> Iterator[None]:
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     board: NoticeBoard | None = None
     try:
+        _check_backend(backend)
         deepspeed.init_distributed(dist_backend=backend, rank=int(os.environ["RANK"]))
         board = NoticeBoard()
         yield
@@ -63,6 +64,17 @@ def distributed(backend: str | None) -> Iterator[None]:
         elif isinstance(error, ConfigError):
             sys.exit(f"{program()}: {error}")
         raise
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is None:
+        return
+    known = [name for name in dist.Backend.backend_list
+             if name not in ("undefined", "fake") and dist.is_backend_available(name)]
+    if backend not in known:
+        raise ConfigError("--backend", backend, f"torch.distributed has {', '.join(known)} here", "Leave it out")
+    if backend == "nccl" and get_accelerator().device_name() != "cuda":
+        raise ConfigError("--backend", backend, "it moves tensors of GPUs, and there are none here", "Take gloo")
 
 
 def together(action: Callable[[], T] | None) -> T | None:

@@ -102,11 +102,12 @@ class NoticeBoard:
         Raises:
             SystemExit: with a sentence, for a setting that cannot work or for what another rank failed with.
         """
-        if isinstance(error, ConfigError):
+        if self.sentence is not None:
+            sentence = self.sentence  # this error may only tell that the rank that failed is gone
+            self.pin(sentence)
+        elif isinstance(error, ConfigError):
             sentence = f"{program()}: {error}"
             self.pin(sentence)
-        elif self.sentence is not None:
-            sentence = self.sentence  # this error only tells that the rank that failed is gone
         else:
             what = (str(error).splitlines() or [""])[0]
             self.pin(f"{program()}: rank {dist.get_rank()} failed: {type(error).__name__}: {what}")
