@@ -81,10 +81,12 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         return folder, state["client_state"]
     axes, in_flight = asdict(engine.axes), state["run"][2] > 0
     told = state.get("axes", axes)  # older checkpoints do not tell
-    other = sorted(name for name in axes if told.get(name) != axes[name])
+    saved_axes, own_axes = ("".join(f", {name} {of.get(name)}" for name in axes if told.get(name) != axes[name])
+                            for of in (told, axes))
     for name, saved, here in (("stages", state["stage_bounds"], list(engine.placement.stage_bounds)),
                               ("data-parallel replicas", state["replicas"], engine.dp_world_size),
-                              *((f"{name} ({state['method']})", told.get(name), axes[name]) for name in other),
+                              *([("method", state["method"] + saved_axes, engine.decoupled.method + own_axes)]
+                                if own_axes else []),
                               *([("k", state.get("k", engine.plan.k), engine.plan.k)] if in_flight else [])):
         if saved != here:
             raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
