@@ -41,13 +41,13 @@ def model_of(args: argparse.Namespace, setup: training.Setup, *, fresh: bool = F
     common.together(lambda: check_folder("--output", args.output) if args.output is not None and dist.get_rank() == 0 else None)
     block = parse_block(setup.config)
     _check_method(block)
-    configuration = _configuration(args.model)
+    source = _configuration(args.model) if fresh else args.model
+    layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
+    configuration = source if fresh else _configuration(args.model)
     if args.untie_embeddings and not any(getattr(c, "tie_word_embeddings", True)
                                          for c in (configuration, configuration.get_text_config())):
         raise ConfigError("--untie_embeddings", True, f"it would change nothing: {args.model} has two tensors, as it is",
                           "Leave it out")
-    source = configuration if fresh else args.model
-    layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
     if any(isinstance(layer, TiedLayerSpec) for layer in layers):
         _check_tied(block)
     if peft_config is not None:
@@ -74,7 +74,7 @@ def _configuration(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a file that is none raises depends on what is in it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError("--model", name, f"transformers finds no configuration there ({reason})",
                           'A config.json with at least a "model_type" is needed') from error

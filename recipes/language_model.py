@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
 
-WARMUP, TEMPERATURE = 0.05, 0.8
+EVALUATIONS, WARMUP, TEMPERATURE = 8, 0.05, 0.8
 PROMPT = 16
 """Tokens of the validation text that a sample goes on from."""
 
@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
                         help="to train on, per replica (default: %(default)s)")
     parser.add_argument("--lr", type=number(0), help=f"peak (default: the JSON's, else {lr:g})")
     parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
-    parser.add_argument("--evaluations", type=whole(1, 1_000_000), default=8, help="over the run (default: %(default)s)")
-    parser.add_argument("--eval_micro_batches", type=whole(1), default=50, help="to validate on (default: %(default)s)")
+    parser.add_argument("--evaluations", type=whole(1, 1_000_000),
+                        help=f"over the run (default: {EVALUATIONS}, at most one an update)")
+    parser.add_argument("--eval_micro_batches", type=whole(1), default=50, help="to validate on, if the text has as many (default: %(default)s)")
     parser.add_argument("--sample", type=whole(0, 1_000_000), default=300,
                         help="tokens of generated text at the end (default: %(default)s)")
     parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
     updates = args.micro_batches // setup.k
     if updates < 1:
         raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
+    if args.evaluations is not None and args.evaluations > updates:
+        raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
 
     def read() -> Corpus:
         return Corpus.of(read_text(args.data), tokenizer, sequence)
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
     def show(progress: training.Progress) -> str:
         return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
 
-    stretches = min(args.evaluations, updates)
+    stretches = args.evaluations or min(EVALUATIONS, updates)
     trained = training.train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
                              ends=[updates * (i + 1) // stretches for i in range(stretches)])
     text = ""

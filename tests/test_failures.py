@@ -18,8 +18,8 @@ from ds_decoupled.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-SECONDS = 10.0
-"""From the failure to the last rank's end."""
+SECONDS = 20.0
+"""For all that a test does, also on a busy machine; without the notice board a rank waits for a minute at least."""
 
 
 def _fail_on_one(rank: int, error: Exception, started: Callable[[], None]) -> None:
@@ -71,7 +71,7 @@ def test_a_rank_that_nothing_wakes_is_ended() -> None:
     start = time.monotonic()
     first, second = errors_of(2, _fail_on_one, 0, ConfigError("--data", "x.png", "it is broken"), _wait_for_a_device)
     assert "it is broken" in first and "it is broken" in second
-    assert time.monotonic() - start < SECONDS + 5
+    assert time.monotonic() - start < SECONDS
 
 
 @pytest.fixture

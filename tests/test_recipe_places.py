@@ -148,3 +148,26 @@ def test_checkpoints_of_another_run(method: str, other: dict[str, object], words
     arguments = "--deepspeed_config", config, *QUICK, "--epochs", "3", *changed, "--resume", saved[method]
     for line in refusals("train_resnet", *arguments):
         assert '"--resume": ' in line and words in line, line
+
+
+def _sizes(**changes: int) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+    return spoil
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "cannot be read"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be read"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "cannot be read"),
+    (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "configuration"),
+    (_sizes(num_attention_heads=0), "configuration"), (_sizes(num_hidden_layers=9), "has no tensor model.layers."),
+    (_sizes(hidden_size=64), "is of shape"), (_sizes(vocab_size=300), "is of shape"),
+], ids=["cut", "empty", "index", "bytes", "no-heads", "layers", "width", "vocabulary"])
+def test_models_that_do_not_load(spoil: Callable[[Path], object], words: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    spoil(model)
+    for line in refusals("finetune_lm", "--deepspeed_config", recipe_runs.config_file(tmp_path, "dsp"), "--data", "topics",
+                         "--sequence_length", "16", "--model", model):
+        assert '"model": ' in line and words in line, line
