@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
     parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
     parser.add_argument("--evaluations", type=whole(1, 1_000_000),
                         help=f"over the run (default: {EVALUATIONS}, at most one an update)")
-    parser.add_argument("--eval_micro_batches", type=whole(1), default=50, help="to validate on, if the text has as many (default: %(default)s)")
+    parser.add_argument("--eval_micro_batches", type=whole(1), default=50,
+                        help="to validate on, if the text has as many (default: %(default)s)")
     parser.add_argument("--sample", type=whole(0, 1_000_000), default=300,
                         help="tokens of generated text at the end (default: %(default)s)")
     parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
