@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import training
 from deepspeed.pipe import TiedLayerSpec
+from hub import reached_or_offline
 from places import check_folder
 from text_data import Tokenizer, tokenizer_of
 
@@ -41,9 +42,10 @@ def model_of(args: argparse.Namespace, setup: training.Setup, *, fresh: bool = F
     common.together(lambda: check_folder("--output", args.output) if args.output is not None and dist.get_rank() == 0 else None)
     block = parse_block(setup.config)
     _check_method(block)
-    source = _configuration(args.model) if fresh else args.model
-    layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
-    configuration = source if fresh else _configuration(args.model)
+    with reached_or_offline(args.model):
+        source = _configuration(args.model) if fresh else args.model
+        layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
+        configuration = source if fresh else _configuration(args.model)
     if args.untie_embeddings and not any(getattr(c, "tie_word_embeddings", True)
                                          for c in (configuration, configuration.get_text_config())):
         raise ConfigError("--untie_embeddings", True, f"it would change nothing: {args.model} has two tensors, as it is",

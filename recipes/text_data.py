@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from hub import reached_or_offline
 from torch import Tensor
 
 from ds_decoupled.errors import ConfigError
@@ -57,7 +58,8 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            with reached_or_offline(name):
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError("--tokenizer", name, f"no tokenizer can be loaded from there ({reason})",
@@ -163,7 +165,8 @@ def _rows(data: str, why: str, hint: str) -> list[str]:
             if isinstance(loaded, dict):
                 loaded = loaded["train"]
         else:
-            loaded = datasets.load_dataset(data, split="train")
+            with reached_or_offline(data):
+                loaded = datasets.load_dataset(data, split="train")
         columns = loaded.column_names
         texts = list(loaded["text"]) if "text" in columns else []
     except Exception as error:
