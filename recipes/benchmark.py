@@ -43,7 +43,7 @@ from bench_report import (
 )
 from bench_worlds import World, WorldFailed, worlds
 from options import refuse_beyond_memory, refuse_unused, whole
-from places import check_file
+from places import check_file, check_picture
 from tqdm import tqdm
 
 from ds_decoupled.errors import ConfigError
@@ -131,7 +131,12 @@ def _check(args: argparse.Namespace) -> None:
     refuse_beyond_memory("--width", args.width, 4.0 * weights, "the model's weights")
     sample = args.length if args.model in GPTS or args.figure in ("depth", "precision") else 3 * args.image_size**2
     refuse_beyond_memory("--micro_batch", args.micro_batch, 16.0 * args.micro_batch * sample, "its micro-batches")
-    check_file("--output", output_of(args))
+    output = output_of(args)
+    check_file("--output", output)
+    if args.figure == "depth":  # the only one with a picture
+        if output.suffix == ".png":
+            raise ConfigError("--output", str(output), "the picture would go to the same file", "End its name with .json")
+        check_picture("--output", output.with_suffix(".png"))
 
 
 def output_of(args: argparse.Namespace) -> Path:
