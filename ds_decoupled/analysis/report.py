@@ -64,8 +64,9 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     drawn = shape.micro_batches or (shape.k if axes.flush else endless)
     actions = shape.stages * (max(drawn, endless) + fill) * 3
     if actions > MOST_ACTIONS:
-        raise ConfigError("plan", f"{shape.stages} stages, k = {shape.k}, hops ({axes.hops[0]}, {axes.hops[1]}), "
-                          f"{max(drawn, endless)} micro-batches", f"no plan of more than {MOST_ACTIONS} actions is drawn and timed",
+        sizes = (f"{shape.stages} stages, k = {shape.k}, hops ({axes.hops[0]}, {axes.hops[1]}), "
+                 f"{max(drawn, endless)} micro-batches")
+        raise ConfigError("plan", sizes, f"no plan of more than {MOST_ACTIONS} actions is drawn and timed",
                           "Take less of what is large.")
     rows = shape.ticks or (drawn + fill if axes.flush or shape.micro_batches else fill + 4)
     lists = [list(islice(plan.run(rank, drawn), rows)) for rank in range(shape.ranks)]
