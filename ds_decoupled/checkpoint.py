@@ -13,6 +13,7 @@ Nothing in it depends on the number of pipe ranks.
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,8 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
                     "pending": _owned(messages)}, _stage_file(folder, index, replica))
     if engine.global_rank == 0:
         torch.save({"client_state": client_state, "stages": engine.placement.stages, "replicas": engine.dp_world_size,
-                    "method": engine.decoupled.method, "stage_bounds": list(engine.placement.stage_bounds),
+                    "method": engine.decoupled.method, "axes": asdict(engine.axes), "k": engine.plan.k,
+                    "stage_bounds": list(engine.placement.stage_bounds),
                     "global_steps": engine.global_steps, "global_samples": engine.global_samples,
                     "seed": engine.seeds.base, "run": (engine._first_micro_batch, engine._fed, engine._tick)},
                    os.path.join(folder, "decoupled_engine.pt"))
@@ -77,8 +79,15 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
     engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
     if module_only:
         return folder, state["client_state"]
+    axes, in_flight = asdict(engine.axes), state["run"][2] > 0
+    told = state.get("axes", axes)  # older checkpoints do not tell
+    saved_axes, own_axes = ("".join(f", {name} {of.get(name)}" for name in axes if told.get(name) != axes[name])
+                            for of in (told, axes))
     for name, saved, here in (("stages", state["stage_bounds"], list(engine.placement.stage_bounds)),
-                              ("data-parallel replicas", state["replicas"], engine.dp_world_size)):
+                              ("data-parallel replicas", state["replicas"], engine.dp_world_size),
+                              *([("method", state["method"] + saved_axes, engine.decoupled.method + own_axes)]
+                                if own_axes else []),
+                              *([("k", state.get("k", engine.plan.k), engine.plan.k)] if in_flight else [])):
         if saved != here:
             raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
                              "flight fits only the same ones; load_module_only=True loads the weights alone.")

@@ -14,6 +14,9 @@ class ConfigError(ValueError):
         text = f'"{setting}": {value!r} cannot be used: {allowed}'
         super().__init__(f"{text}. {hint}" if hint else f"{text}.")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.fields  # by default a copy is made of the message alone, which is no argument of this
+
 
 class LinkError(RuntimeError):
     """A message that did not come, or that is not the one that was due."""

@@ -27,6 +27,7 @@ import bench_figures
 import bench_heads
 import bench_precision
 import common
+import torch
 from bench_models import GPTS, NAMES, Model, make_model
 from bench_plan import METHODS, Configuration, configurations, laws
 from bench_rank import profile, serve
@@ -41,56 +42,107 @@ from bench_report import (
     table,
 )
 from bench_worlds import World, WorldFailed, worlds
+from options import refuse_beyond_memory, refuse_unused, whole
+from places import check_file, check_picture
 from tqdm import tqdm
 
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.schedules import balanced_bounds
 
+DEFAULTS: dict[str, Any] = {
+    "model": "revnet18", "width": None, "blocks": None, "image_size": 22, "k": [1, 4, 16], "ranks": [1, 2], "repeats": 7,
+    "calls": 1, "methods": [name for name, method in METHODS.items() if not method.extra],
+}
 QUICK = {"width": 8, "image_size": 8, "length": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4]}
-FIGURES = ("speed", "memory", "depth", "reconstruction", "precision", "heads")
+SIZES = ("model", "width", "blocks", "image_size", "length", "micro_batch")
+FIGURES = {
+    "speed": (*SIZES, "k", "ranks", "methods", "repeats", "calls"), "memory": (*SIZES, "k"),
+    "depth": ("length", "micro_batch", "width"), "reconstruction": ("width", "image_size", "micro_batch"),
+    "precision": ("length", "micro_batch", "width"), "heads": ("model", "width", "image_size", "micro_batch"),
+}
+"""Which options each figure heeds."""
+OF_IMAGES, OF_TEXT = ("image_size",), ("blocks", "length")
+"""Sizes that only such models have."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", nargs="?", default="speed", choices=FIGURES)
-    parser.add_argument("--model", default="revnet18", choices=NAMES, metavar="MODEL", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--width", type=int, help="channels of the first group, or a GPT's width (default: 64, its size's)")
-    parser.add_argument("--blocks", type=int, help="a GPT's blocks (default: its size's)")
-    parser.add_argument("--image_size", type=int, default=22, help="pixels a side (default: 22)")
-    parser.add_argument("--length", type=int, help="tokens of a sequence (default: 128; depth: 32; precision: 64)")
-    parser.add_argument("--micro_batch", type=int, help="images or sequences (default: 32, GPTs: 8; depth and precision: 2)")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="micro-batches an update (default: 1 4 16)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="pipeline ranks P (default: 1 2)")
-    parser.add_argument("--methods", nargs="+", default=[name for name, method in METHODS.items() if not method.extra],
-                        choices=list(METHODS), metavar="METHOD",
+    parser.add_argument("figure", nargs="?", default="speed", choices=list(FIGURES))
+    parser.add_argument("--model", choices=NAMES, metavar="MODEL", help=f"of {', '.join(NAMES)} (default: revnet18)")
+    parser.add_argument("--width", type=whole(1, 1_000_000),
+                        help="channels of the first group, or a GPT's width (default: 64, its size's)")
+    parser.add_argument("--blocks", type=whole(1, 10_000), help="a GPT's blocks (default: its size's)")
+    parser.add_argument("--image_size", type=whole(8, 100_000), help="pixels a side (default: 22)")
+    parser.add_argument("--length", type=whole(1), help="tokens of a sequence (default: 128; depth: 32; precision: 64)")
+    parser.add_argument("--micro_batch", type=whole(1),
+                        help="images or sequences (default: 32, GPTs: 8; depth and precision: 2)")
+    parser.add_argument("--k", type=whole(1), nargs="+", help="micro-batches an update (default: 1 4 16; memory: 1)")
+    parser.add_argument("--ranks", type=whole(1), nargs="+", help="pipeline ranks P (default: 1 2)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (default: all that are not compiled)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
-    parser.add_argument("--calls", type=int, default=1, help="train_batch calls a timing at the largest k; at a smaller k as "
+    parser.add_argument("--repeats", type=whole(1), help="rounds (default: 7)")
+    parser.add_argument("--calls", type=whole(1), help="train_batch calls a timing at the largest k; at a smaller k as "
                         "many as feed as many micro-batches (default: 1)")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers (default: runs/benchmark.json, or the figure's "
                         "name); a picture goes beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds")
-    if parser.parse_args(arguments).quick:
-        parser.set_defaults(**QUICK)
     args = parser.parse_args(arguments)
-    small = args.figure in ("depth", "precision")
-    if args.micro_batch is None:
-        args.micro_batch = 2 if small else 8 if args.model in GPTS else 32
-    if args.length is None:
-        args.length = {"depth": 32, "precision": 64}.get(args.figure, 128)
-    for name in ("width", "blocks", "image_size", "length", "micro_batch", "repeats", "calls"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
-    for name in ("k", "ranks"):
-        if min(getattr(args, name)) < 1:
-            parser.error(f"--{name} {min(getattr(args, name))}: it must be at least 1")
-    layers = len(model_of(args).specs())
-    if max(args.ranks) > layers:
-        parser.error(f"--ranks {max(args.ranks)}: {args.model} has {layers} layers, and a rank needs one at least")
-    if not model_of(args).streams:
+    try:
+        _refuse_unused(args)
+        _fill_in(args)
+        _check(args)
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.figure == "speed" and not model_of(args).streams:
         reversible = [m for m in args.methods if METHODS[m].cost == "reconstruct"]
         args.methods = [m for m in args.methods if m not in reversible]
         print(f"{args.model} has no layer that can be inverted: leaving out {', '.join(reversible)}", file=sys.stderr)
     return args
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    heeded = FIGURES[args.figure]
+    unused = sorted({name for names in FIGURES.values() for name in names} - set(heeded))
+    refuse_unused(args, unused, f"{args.figure} heeds {', '.join('--' + name for name in heeded)}")
+    if "model" in heeded:
+        model = args.model or DEFAULTS["model"]
+        refuse_unused(args, list(OF_IMAGES if model in GPTS else OF_TEXT), f"{model} has no such size")
+    if args.figure == "memory" and len(args.k or []) > 1:
+        raise ConfigError("--k", args.k, "memory is looked at with one k", "Give one number")
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    small = args.figure in ("depth", "precision")
+    model = args.model or DEFAULTS["model"]
+    defaults = DEFAULTS | {"micro_batch": 2 if small else 8 if model in GPTS else 32,
+                           "length": {"depth": 32, "precision": 64}.get(args.figure, 128)} | (QUICK if args.quick else {})
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _check(args: argparse.Namespace) -> None:
+    model = model_of(args)
+    with torch.device("meta"):  # without weights
+        layers = [spec.build() for spec in model.specs()]
+    if args.figure == "speed" and max(args.ranks) > len(layers):
+        raise ConfigError("--ranks", max(args.ranks), f"{args.model} has {len(layers)} layers, and a rank needs one at least")
+    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    refuse_beyond_memory("--width", args.width, 4.0 * weights, "the model's weights")
+    sample = args.length if args.model in GPTS or args.figure in ("depth", "precision") else 3 * args.image_size**2
+    refuse_beyond_memory("--micro_batch", args.micro_batch, 16.0 * args.micro_batch * sample, "its micro-batches")
+    output = output_of(args)
+    check_file("--output", output)
+    if args.figure == "depth":  # the only one with a picture
+        if output.suffix == ".png":
+            raise ConfigError("--output", str(output), "the picture would go to the same file", "End its name with .json")
+        check_picture("--output", output.with_suffix(".png"))
+
+
+def output_of(args: argparse.Namespace) -> Path:
+    """Where the numbers go."""
+    output: Path | None = args.output
+    return output or Path("runs") / ("benchmark.json" if args.figure == "speed" else f"{args.figure}.json")
 
 
 def model_of(args: argparse.Namespace) -> Model:
@@ -206,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     model = model_of(args)
     about = model.describe()
-    output = args.output or Path("runs") / ("benchmark.json" if args.figure == "speed" else f"{args.figure}.json")
+    output = output_of(args)
     numbers: dict[str, Any]
     try:
         if args.figure == "speed":
@@ -215,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             text, about, found = figure(args, model, output)
             numbers = {args.figure: found}
+    except ConfigError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     facts = environment()

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from failures import NoticeBoard, program
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,7 +30,8 @@ T = TypeVar("T")
 def distributed(backend: str | None) -> Iterator[None]:
     """Join the processes that the launcher started (or run alone), and leave cleanly.
 
-    A setting that cannot work ends the process with its message, Ctrl-C without one.
+    A setting that cannot work ends every process with its message, whichever rank found it (:mod:`failures`); Ctrl-C ends
+    without one.
     """
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
@@ -45,19 +47,38 @@ def distributed(backend: str | None) -> Iterator[None]:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Every process would take all cores, and they would take turns.
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+    board: NoticeBoard | None = None
     try:
+        _check_backend(backend)
         deepspeed.init_distributed(dist_backend=backend, rank=int(os.environ["RANK"]))
+        board = NoticeBoard()
         yield
         dist.barrier()
+        board.leave()
         dist.destroy_process_group()
-    except ConfigError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if board is not None:
+            board.end(error)
+        elif isinstance(error, ConfigError):
+            sys.exit(f"{program()}: {error}")
+        raise
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is None:
+        return
+    known = [name for name in dist.Backend.backend_list
+             if name not in ("undefined", "fake") and dist.is_backend_available(name)]
+    if backend not in known:
+        raise ConfigError("--backend", backend, f"torch.distributed has {', '.join(known)} here", "Leave it out")
+    if backend == "nccl" and get_accelerator().device_name() != "cuda":
+        raise ConfigError("--backend", backend, "it moves tensors of GPUs, and there are none here", "Take gloo")
 
 
 def together(action: Callable[[], T] | None) -> T | None:
-    """Run ``action`` on the ranks that have one; if it fails on any rank, every rank raises that rank's error."""
+    """Run ``action`` on the ranks that have one; if a setting cannot work on any, every rank raises that rank's error."""
     result: T | None = None
     failure: ConfigError | None = None
     if action is not None:
@@ -65,13 +86,13 @@ def together(action: Callable[[], T] | None) -> T | None:
             result = action()
         except ConfigError as error:
             failure = error
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, str(failure) if failure else None)
-    first = next((text for text in failures if text), None)
+    failures: list[tuple[str, Any, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure.fields if failure else None)
     if failure is not None:
         raise failure
+    first = next((fields for fields in failures if fields), None)
     if first is not None:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {first}")
+        raise ConfigError(*first)
     return result
 
 

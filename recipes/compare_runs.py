@@ -19,6 +19,9 @@ from typing import Any
 
 import common
 from bench_report import MIB, table
+from places import check_picture
+
+from ds_decoupled.errors import ConfigError
 
 Run = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -106,12 +109,56 @@ def against_stages(runs: Sequence[Run], result: str, scale: float) -> dict[str, 
     return {name: [(float(j), mean(values)) for j, values in sorted(curve.items())] for name, curve in groups.items()}
 
 
+NUMBER, COUNTED = (int, float), (int,)
+MISSING_OR_NUMBER = (int, float, type(None))
+"""``common.write_json`` writes null for what is no number."""
+NEEDED: dict[str, tuple[type, ...]] = {
+    "method": (str,), "model": (str,), "config": (dict,), "curves": (dict,), "stages": COUNTED, "pipe_ranks": COUNTED,
+    "seed": COUNTED, "peak_memory_bytes": NUMBER, "train_loss": MISSING_OR_NUMBER, "samples_per_second": MISSING_OR_NUMBER,
+    "bytes_sent_per_sample": MISSING_OR_NUMBER,
+}
+"""What every summary holds."""
+OF_TEXT: dict[str, tuple[type, ...]] = {"perplexity": MISSING_OR_NUMBER, "tokens_per_second": MISSING_OR_NUMBER}
+
+
+def read_run(path: Path) -> Run:
+    """A summary, with nan for what is no number.
+
+    Raises:
+        ConfigError: for a file that is none.
+    """
+    hint = "Give what --summary wrote"
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError("summaries", str(path), f"it holds no summary of a run ({error})", hint) from error
+    if not isinstance(run, dict):
+        raise ConfigError("summaries", str(path), f"it holds no summary of a run but a {type(run).__name__}", hint)
+    result = next((name for name in ("test_accuracy", "validation_loss") if name in run), "test_accuracy")
+    needed = NEEDED | {result: MISSING_OR_NUMBER} | (OF_TEXT if result == "validation_loss" else {})
+    for name, kinds in needed.items():
+        if name not in run or not isinstance(run[name], kinds) or isinstance(run[name], bool):
+            what = f"its {name!r} is {run[name]!r}" if name in run else f"it has no {name!r}"
+            raise ConfigError("summaries", str(path), f"it holds no summary of a run: {what}", hint)
+        if run[name] is None and name != "bytes_sent_per_sample":
+            run[name] = math.nan
+    for name in (result, "tokens"):
+        curve = run["curves"].get(name, None if name == result else [])
+        if not isinstance(curve, list) or not all(isinstance(value, MISSING_OR_NUMBER) for value in curve):
+            raise ConfigError("summaries", str(path), f"it holds no summary of a run: its curve {name!r} is no list of numbers",
+                              hint)
+    if not isinstance(run["config"].get("decoupled", {}), dict):
+        raise ConfigError("summaries", str(path), 'it holds no summary of a run: "decoupled" is no block', hint)
+    return dict(run)
+
+
 def main() -> None:
     args = parse_arguments()
     try:
-        runs = [json.loads(path.read_text()) for path in args.summaries]
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: no summary of a run: {error}")
+        runs = [read_run(path) for path in args.summaries]
+        check_picture("--plot", args.plot)
+    except ConfigError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     images = ["test_accuracy" in run for run in runs]
     if any(images) != all(images):
         sys.exit("error: runs on images and runs on text have no result in common; compare them apart")

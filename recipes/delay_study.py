@@ -26,10 +26,23 @@ import common
 from bench_report import environment, headline
 from delay_report import draw, tables
 from delay_run import OPTIMIZERS, Setting, Study, child
+from options import COUNT, SEEDS, number, refuse_beyond_memory, refuse_unused, whole
+from places import check_file, check_picture
+from text_data import Bytes, Corpus, read_text
 from tqdm import tqdm
 
-from ds_decoupled.config import PRESETS
+from ds_decoupled.config import PRESETS, parse_block
 from ds_decoupled.errors import ConfigError
+
+SIZES = {
+    "micro_batches": ("to train on", COUNT), "blocks": ("of two half-blocks", 10_000), "width": ("of each stream", 1_000_000),
+    "heads": ("of attention", 1_000_000), "sequence": ("bytes", COUNT), "micro_batch": ("sequences", COUNT),
+    "eval_micro_batches": ("to validate on", COUNT),
+    "probe_every": ("micro-batches between two looks at what petra rebuilds", COUNT),
+}
+"""What all runs share, and the most that is taken of each."""
+GRID = {"stages": [2, 4, 8], "hops": ["0,1"], "lr_by_delay": [0], "block": ["{}"]}
+"""What the grid goes through, unless told otherwise; not every method knows each."""
 
 LEARNING_RATE = {"adamw": 1e-3, "muon": 1e-3, "nadam": 1e-3, "soap": 3e-3}
 
@@ -38,38 +51,43 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     grid = parser.add_argument_group("the grid: every combination is a run")
     grid.add_argument("--methods", nargs="+", default=["backprop", "petra", "dsp", "delayed"], choices=sorted(PRESETS))
-    grid.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8], metavar="J", help="with the embedding in the first "
+    grid.add_argument("--stages", type=whole(1), nargs="+", metavar="J", help="with the embedding in the first "
                       "and the head in the last one; two more than half-blocks: as stages of their own (default: 2 4 8)")
-    grid.add_argument("--hops", nargs="+", default=["0,1"], metavar="A,B", help="forward, backward (default: 0,1)")
-    grid.add_argument("--k", type=int, nargs="+", default=[1], help="micro-batches an update (default: 1)")
+    grid.add_argument("--hops", nargs="+", metavar="A,B", help="forward, backward (default: 0,1)")
+    grid.add_argument("--k", type=whole(1), nargs="+", default=[1], help="micro-batches an update (default: 1)")
     grid.add_argument("--optimizers", nargs="+", default=["muon", "adamw"],
                       help=f"of {', '.join(OPTIMIZERS)}, or import paths (default: muon adamw)")
-    grid.add_argument("--lr", type=float, nargs="+", help="peak (default: the optimizer's own, 1e-3 for most)")
-    grid.add_argument("--embedding_std", type=float, nargs="+", default=[0.3], help="scale of the streams (default: 0.3)")
-    grid.add_argument("--lr_by_delay", type=int, nargs="+", default=[0], help="updates of damping (default: 0, none)")
+    grid.add_argument("--lr", type=number(0), nargs="+", help="peak (default: the optimizer's own, 1e-3 for most)")
+    grid.add_argument("--embedding_std", type=number(0, above=True), nargs="+", default=[0.3],
+                      help="scale of the streams (default: 0.3)")
+    grid.add_argument("--lr_by_delay", type=whole(0), nargs="+", help="updates of damping (default: 0, none)")
     grid.add_argument("--params", nargs="+", default=["{}"], help="further parameters of the optimizer, as JSON")
-    grid.add_argument("--block", nargs="+", default=["{}"], help="further settings of the decoupled block, as JSON")
-    grid.add_argument("--seeds", type=int, nargs="+", default=[0])
+    grid.add_argument("--block", nargs="+", help="further settings of the decoupled block, as JSON")
+    grid.add_argument("--seeds", type=whole(0, SEEDS), nargs="+", default=[0])
     study = parser.add_argument_group("what all runs share")
     study.add_argument("--data", default="topics", help="topics (of Python's documentation), a text file or a folder of them")
-    for name, what in {"micro_batches": "to train on", "blocks": "of two half-blocks", "width": "of each stream",
-                       "heads": "of attention", "sequence": "bytes", "micro_batch": "sequences",
-                       "eval_micro_batches": "to validate on", "probe_every": "micro-batches between two looks at what "
-                       "petra rebuilds"}.items():
-        study.add_argument(f"--{name}", type=int, default=getattr(Study, name), help=f"{what} (default: %(default)s)")
-    study.add_argument("--warmup", type=float, default=Study.warmup, help="share of all updates (default: %(default)s)")
+    for name, (what, most) in SIZES.items():
+        study.add_argument(f"--{name}", type=whole(1, most), default=getattr(Study, name),
+                           help=f"{what} (default: %(default)s)")
+    study.add_argument("--warmup", type=number(0, 1), default=Study.warmup, help="share of all updates (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/delay_study.json"), help="results (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="picture (default: beside the output)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
-    parser.add_argument("--threads", type=int, help="of each run (default: cores / jobs)")
+    parser.add_argument("--jobs", type=whole(1, 10_000), default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--threads", type=whole(1, 10_000), help="of each run (default: cores / jobs)")
     return parser.parse_args(arguments)
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Every combination once; backpropagation, which all are compared with, first."""
-    for name, least in (("k", 1), ("lr_by_delay", 0)):
-        if min(getattr(args, name)) < least:
-            raise ConfigError(f"--{name}", min(getattr(args, name)), f"at least {least} is needed")
+    flushing = [method for method in args.methods if PRESETS[method].flush]
+    if len(flushing) == len(args.methods):
+        refuse_unused(args, ["hops", "lr_by_delay", "block"], f"{', '.join(flushing)} update all at once, as they are",
+                      "Add a method with delayed updates")
+    if args.methods == ["backprop"]:
+        refuse_unused(args, ["stages"], "backprop has the same numbers for every J", "Add another method")
+    for name, default in GRID.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     for option, texts, example in (("--params", args.params, '{"momentum": 0.9}'),
                                    ("--block", args.block, '{"head": "shared"}')):
         for text in texts:
@@ -126,6 +144,22 @@ class Results:
         os.replace(part, self.path)
 
 
+def check_study(args: argparse.Namespace, study: Study) -> None:
+    """Refuse what every run would fail with, and what could not be written in the end."""
+    if study.width % (2 * study.heads):
+        raise ConfigError("--heads", study.heads, f"they must divide the width {study.width} into even parts")
+    if study.micro_batches < max(args.k):
+        raise ConfigError("--micro_batches", study.micro_batches, f"an update takes up to k = {max(args.k)}", "Give more")
+    refuse_beyond_memory("--width", study.width, 4.0 * study.blocks * 12 * study.width**2, "the model's weights")
+    refuse_beyond_memory("--micro_batch", study.micro_batch, 4.0 * study.micro_batch * study.sequence * study.width,
+                         "one activation of a micro-batch")
+    Corpus.of(read_text(study.data), Bytes(), study.sequence)
+    check_file("--output", args.output)
+    check_picture("--plot", args.plot or args.output.with_suffix(".png"))
+    if args.output == (args.plot or args.output.with_suffix(".png")):
+        raise ConfigError("--output", str(args.output), "the picture would go to the same file", "End its name with .json")
+
+
 def execute(settings: list[Setting], study: Study, jobs: int, threads: int) -> Iterator[tuple[Setting, dict[str, Any]]]:
     """Run ``settings``, ``jobs`` at a time, each in a process of its own; yields them as they end."""
     context = mp.get_context("spawn")
@@ -176,7 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = settings_of(args)
         results = Results(args.output, study)
         for setting in wanted:
-            setting.config(study)  # refuses numbers of stages that the model does not have
+            parse_block(setting.config(study))  # also refuses numbers of stages that the model does not have
+        check_study(args, study)
         missing = results.missing(wanted)
         if len(missing) < len(wanted):
             print(f"{args.output} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)

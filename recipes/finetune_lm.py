@@ -17,6 +17,7 @@ import common
 import hugging_face_layers
 import language_model
 import training
+from options import number, refuse_unused, whole
 
 from ds_decoupled.errors import ConfigError
 
@@ -27,9 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that save_pretrained wrote, or a hub name")
     hugging_face_layers.add_arguments(parser)
-    parser.add_argument("--lora_rank", type=language_model.at_least(0), default=0,
+    parser.add_argument("--lora_rank", type=whole(0, 10_000), default=0,
                         help="of adapters, which then are all that is trained (default: 0, none)")
-    parser.add_argument("--lora_alpha", type=float, help="scale of the adapters (default: twice the rank)")
+    parser.add_argument("--lora_alpha", type=number(0, above=True), help="scale of the adapters (default: twice the rank)")
     parser.add_argument("--lora_targets", nargs="+", metavar="NAME",
                         help="layers that get adapters, or all-linear (default: peft's for this architecture)")
     parser.add_argument("--adapters_only", action="store_true", help="--output gets the adapters, not the whole model")
@@ -48,6 +49,8 @@ def lora(args: argparse.Namespace) -> Any:
         return None
     from peft import LoraConfig
 
+    if args.output is None:
+        refuse_unused(args, {"adapters_only": False}, "without --output nothing is written", "Give --output")
     targets = args.lora_targets
     return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank, task_type="CAUSAL_LM",
                       target_modules=targets[0] if targets == ["all-linear"] else targets,

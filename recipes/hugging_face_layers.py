@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 import training
 from deepspeed.pipe import TiedLayerSpec
+from hub import reached_or_offline
+from places import check_folder
 from text_data import Tokenizer, tokenizer_of
 
 from ds_decoupled.config import DecoupledConfig, parse_block
@@ -36,18 +39,23 @@ def model_of(args: argparse.Namespace, setup: training.Setup, *, fresh: bool = F
     """
     from ds_decoupled.models import from_hugging_face
 
-    if args.output is not None and Path(args.output).is_file():
-        raise ConfigError("--output", args.output, "it is a file, and a folder is to be written", "Give another name")
+    common.together(lambda: check_folder("--output", args.output) if args.output is not None and dist.get_rank() == 0 else None)
     block = parse_block(setup.config)
     _check_method(block)
-    source = _configuration(args.model) if fresh else args.model
-    layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
+    with reached_or_offline(args.model):
+        source = _configuration(args.model) if fresh else args.model
+        layers = from_hugging_face(source, untie_embeddings=args.untie_embeddings, peft_config=peft_config)
+        configuration = source if fresh else _configuration(args.model)
+    if args.untie_embeddings and not any(getattr(c, "tie_word_embeddings", True)
+                                         for c in (configuration, configuration.get_text_config())):
+        raise ConfigError("--untie_embeddings", True, f"it would change nothing: {args.model} has two tensors, as it is",
+                          "Leave it out")
     if any(isinstance(layer, TiedLayerSpec) for layer in layers):
         _check_tied(block)
     if peft_config is not None:
         _check_adapters(layers, peft_config)
     tokenizer = tokenizer_of(args.tokenizer, args.model)
-    _check_sizes(args, (source if fresh else _configuration(args.model)).get_text_config(), tokenizer)
+    _check_sizes(args, configuration.get_text_config(), tokenizer)
     return layers, tokenizer
 
 
@@ -68,7 +76,7 @@ def _configuration(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a file that is none raises depends on what is in it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError("--model", name, f"transformers finds no configuration there ({reason})",
                           'A config.json with at least a "model_type" is needed') from error

@@ -6,30 +6,33 @@ PETRA paper); large ones are decoded when needed (random resized crop and flip, 
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from micro_batches import Samples
+from options import refuse_beyond_memory
+from parquet_images import read_parts
+from pictures import Source, as_tensor, open_image
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from ds_decoupled.errors import ConfigError
 
-Source = Path | bytes
-
 NAMED = ("digits", "cifar10", "imagenet32", "imagenet")
 IN_MEMORY_SIZE = 64
 """Images up to this many pixels a side are decoded once and kept."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALLEST = 8
+"""Pixels a side that the models need."""
+MOST_CLASSES_UNASKED = 1000
+"""More classes than this and than training images are labels gone wrong, unless ``--num_classes`` says so."""
 TEST_SHARE = 5
 """Where the data have no test part, one image in so many of each class becomes it."""
 
@@ -80,7 +83,7 @@ class EncodedImages:
     """Images decoded when they are needed, on threads.
 
     Args:
-        sources: files, or the bytes of files.
+        sources: files, or rows of tables.
         labels: int64 ``(N,)``.
         size: pixels a side of what ``batch`` gives.
     """
@@ -139,20 +142,6 @@ def random_box(width: int, height: int, draws: Sequence[float]) -> tuple[float, 
     return left, top, left + box_width, top + box_height
 
 
-def open_image(source: Source) -> Image.Image:
-    """An RGB image from a file or its bytes."""
-    try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
-    except OSError as error:
-        name = "bytes of a parquet row" if isinstance(source, bytes) else str(source)
-        raise ConfigError("--data", name, f"it cannot be read as an image ({error})", "Remove or replace it") from error
-
-
-def as_tensor(image: Image.Image) -> Tensor:
-    """uint8 ``(3, H, W)``."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def load_images(
     data: str, *, root: str = "data", image_size: int | None = None, num_classes: int | None = None
 ) -> ImageData:
@@ -167,28 +156,40 @@ def load_images(
         num_classes: outputs of the model, where it should have more than the data have classes.
 
     Raises:
-        ConfigError: unknown, missing, empty or unreadable data, or labels outside of ``num_classes``.
+        ConfigError: unknown, missing, empty or unreadable data, or labels outside of ``num_classes``. Of images that are
+            decoded when they are needed, broken ones show then.
     """
-    if image_size is not None and image_size < 8:
-        raise ConfigError("--image_size", image_size, "the models need at least 8 pixels a side")
+    if image_size is not None and image_size < SMALLEST:
+        raise ConfigError("--image_size", image_size, f"the models need at least {SMALLEST} pixels a side")
     loaders: dict[str, Callable[[], ImageData]] = {
         "digits": lambda: _digits(image_size or 16),
         "cifar10": lambda: _cifar10(root, image_size or 32),
         "imagenet32": lambda: _imagenet32(root, image_size or 32),
         "imagenet": lambda: _imagenet(root, image_size or 224),
     }
-    found = loaders[data]() if data in loaders else _folder(Path(data), image_size)
+    try:
+        found = loaders[data]() if data in loaders else _folder(Path(data), image_size)
+    except OSError as error:  # a folder or file that may not be read, or that is gone since it was listed
+        raise ConfigError("--data", data, f"it cannot be read ({error})", "Is the path right, and may you read it?") from error
     classes = found.num_classes if num_classes is None else num_classes
-    for labels in (found.train.labels, found.test.labels):
-        lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < 0 or highest >= classes:
-            raise ConfigError(
-                "--num_classes",
-                classes,
-                f"the labels of --data {data} run from {lowest} to {highest}",
-                f"Labels must lie in 0 to num_classes - 1: give at least {highest + 1}, or mend the labels",
-            )
+    _check_labels(data, found, classes, given=num_classes is not None)
     return ImageData(found.train, found.test, classes, found.image_size, found.form)
+
+
+def _check_labels(data: str, found: ImageData, classes: int, given: bool) -> None:
+    for part, labels in (("training", found.train.labels), ("test", found.test.labels)):
+        lowest, highest = int(labels.min()), int(labels.max())
+        if given and highest >= classes:
+            raise ConfigError("--num_classes", classes, f"the {part} labels of --data {data} run from {lowest} to {highest}",
+                              f"Labels must lie in 0 to num_classes - 1: give at least {highest + 1}, or mend the labels")
+        if lowest < 0 or highest >= classes:
+            raise ConfigError("--data", data, f"its {part} labels run from {lowest} to {highest}, and its names or its "
+                              f"training labels make {classes} classes",
+                              f"Labels must lie in 0 to classes - 1: mend them, or give --num_classes {highest + 1}")
+    count = len(found.train.labels)
+    if not given and found.num_classes > max(count, MOST_CLASSES_UNASKED):
+        raise ConfigError("--data", data, f"its labels run to {found.num_classes - 1}, and it has {count} training images",
+                          "Number the classes from 0 without gaps, or give --num_classes")
 
 
 def split_by_class(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,6 +213,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
     """uint8 ``(N, C, H, W)`` to uint8 ``(N, C, size, size)``."""
     if images.shape[-2:] == (size, size):
         return images
+    refuse_beyond_memory("--image_size", size, 15.0 * len(images) * size**2, "all images in memory")  # as floats, and as bytes
     resized = functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -234,7 +236,7 @@ def _cifar10(root: str, size: int) -> ImageData:
     for train in (True, False):
         try:
             part = CIFAR10(root, train=train, download=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # torchvision unpickles what lies there
             raise ConfigError(
                 "--data",
                 "cifar10",
@@ -258,13 +260,40 @@ def _imagenet32(root: str, size: int) -> ImageData:
                 f"no {pattern} under {Path(root) / 'imagenet32'}",
                 "Download the 32x32 batches from image-net.org (it asks for a login) and unpack them there",
             )
-        batches: list[Any] = []
-        for file in files:
-            batches.append(np.load(file) if file.suffix == ".npz" else pickle.loads(file.read_bytes()))
-        images = torch.cat([torch.from_numpy(np.asarray(b["data"])).view(-1, 3, 32, 32) for b in batches])
-        labels = torch.cat([torch.as_tensor(np.asarray(b["labels"])).long() - 1 for b in batches])
+        batches = [_imagenet32_batch(file) for file in files]
+        images, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
         parts.append((_resized(images, size), labels))
     return _in_memory(parts[0], parts[1], 1000, flip=True)
+
+
+def _imagenet32_batch(file: Path) -> tuple[Tensor, Tensor]:
+    """Images uint8 ``(N, 3, 32, 32)`` and labels from 0 ``(N,)`` of one file."""
+    try:
+        if file.suffix == ".npz":
+            with np.load(file) as arrays:
+                held = {name: arrays[name] for name in arrays.files}
+        else:
+            held = pickle.loads(file.read_bytes())
+    except Exception as error:  # what unpickling raises depends on the bytes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _bad_batch(file, f"cannot be read ({reason})") from error
+    if not isinstance(held, dict) or not {"data", "labels"} <= held.keys():
+        found = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
+        raise _bad_batch(file, f"must hold 'data' and 'labels', and holds {found}")
+    try:
+        data, labels = np.asarray(held["data"]), np.asarray(held["labels"])
+    except ValueError as error:  # rows of several lengths
+        raise _bad_batch(file, f"holds no table ({error})") from error
+    rows = len(data) if data.ndim else 0
+    pixels = rows > 0 and data.dtype == np.uint8 and data.size == rows * 3072
+    if not pixels or labels.shape != (rows,) or labels.dtype.kind not in "iu":
+        raise _bad_batch(file, f"must hold bytes (N, 3072) and N whole numbers, and holds {data.dtype} {data.shape} and "
+                         f"{labels.dtype} {labels.shape}")
+    return torch.from_numpy(data).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64)) - 1
+
+
+def _bad_batch(file: Path, why: str) -> ConfigError:
+    return ConfigError("--data", "imagenet32", f"{file} {why}", "Download and unpack it again")
 
 
 def _imagenet(root: str, size: int) -> ImageData:
@@ -272,7 +301,7 @@ def _imagenet(root: str, size: int) -> ImageData:
 
     try:
         parts = [ImageNet(root, split).samples for split in ("train", "val")]
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torchvision unpickles what lies there
         raise ConfigError(
             "--data",
             "imagenet",
@@ -327,37 +356,17 @@ def _class_folders(path: Path, classes: Sequence[str]) -> tuple[list[Source], Te
 
 
 def _parquet_folder(path: Path, size: int | None) -> ImageData:
-    import pyarrow.parquet as parquet
-    from datasets import ClassLabel, Features
-
-    parts, classes = [], 0
-    for names in (("train",), ("test", "val", "validation")):
-        files = sorted(file for name in names for file in path.glob(f"{name}*.parquet"))
-        if not files:
-            raise ConfigError("--data", str(path), f"it has parquet files but no {names[0]}*.parquet", "Rename them")
-        tables = [parquet.read_table(file) for file in files]
-        columns = tables[0].column_names
-        image = next((name for name in ("img", "image") if name in columns), None)
-        if image is None or "label" not in columns:
-            raise ConfigError("--data", str(path), f"it needs columns 'img' or 'image', and 'label', and has {columns}")
-        sources: list[Source] = [row["bytes"] for table in tables for row in table.column(image).to_pylist()]
-        labels = torch.tensor([label for table in tables for label in table.column("label").to_pylist()])
-        if not sources:
-            raise ConfigError("--data", str(path), f"it is empty: no rows in {names[0]}*.parquet")
-        feature = Features.from_arrow_schema(tables[0].schema)["label"]
-        named = feature.num_classes if isinstance(feature, ClassLabel) else 0
-        classes = max(classes, named or int(labels.max()) + 1)
-        parts.append((sources, labels))
-    return _from_sources(parts[0], parts[1], classes, size)
+    train, test, classes = read_parts(path)
+    return _from_sources((list(train.pictures), train.labels), (list(test.pictures), test.labels), classes, size)
 
 
 def _from_sources(
     train: tuple[list[Source], Tensor], test: tuple[list[Source], Tensor], classes: int, size: int | None
 ) -> ImageData:
-    """Small images decoded into memory, large ones left encoded."""
+    """Small images decoded into memory, large ones left encoded; the first image tells which they are."""
     if size is None:
         first = max(open_image(train[0][0]).size)
-        size = first if first <= IN_MEMORY_SIZE else 224
+        size = max(first, SMALLEST) if first <= IN_MEMORY_SIZE else 224
     if size > IN_MEMORY_SIZE:
         parts = [EncodedImages(sources, labels, size) for sources, labels in (train, test)]
         return ImageData(parts[0], parts[1], classes, size, "imagenet")
@@ -367,6 +376,7 @@ def _from_sources(
 
 def _decode(sources: Sequence[Source], size: int) -> Tensor:
     """uint8 ``(N, 3, size, size)``; images of another size are resized and cropped at the centre."""
+    refuse_beyond_memory("--image_size", size, 3.0 * len(sources) * size**2, "all images in memory")
     images = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
 
     def decode(index: int) -> None:

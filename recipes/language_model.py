@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from typing import Any
 
 import common
 import torch
 import torch.distributed as dist
 import training
+from options import number, refuse_unused, whole
 from text_data import Corpus, RandomWindows, Tokenizer, in_order, read_text
 from tqdm import tqdm
 
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
 
+EVALUATIONS, WARMUP, TEMPERATURE = 8, 0.05, 0.8
 PROMPT = 16
 """Tokens of the validation text that a sample goes on from."""
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Reads a whole number of an option."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = smallest - 1
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
-        return value
-
-    return read
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence_length: int, micro_batches: int, lr: float,
@@ -42,16 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
     kinds = "a text file, a folder of them, a name of `datasets` with a column `text`, or topics: Python's own documentation"
     parser.add_argument("--data", default=data, required=data is None, help=kinds + (f" (default: {data})" if data else ""))
     parser.add_argument("--tokenizer", help="bytes, a folder or a hub name (default: the model's own, if it has one, or bytes)")
-    parser.add_argument("--sequence_length", type=at_least(1), default=sequence_length, help="tokens (default: %(default)s)")
-    parser.add_argument("--micro_batches", type=at_least(1), default=micro_batches,
+    parser.add_argument("--sequence_length", type=whole(1), default=sequence_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--micro_batches", type=whole(1), default=micro_batches,
                         help="to train on, per replica (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help=f"peak (default: the JSON's, else {lr:g})")
-    parser.add_argument("--warmup", type=float, default=0.05, help="share of all updates (default: %(default)s)")
-    parser.add_argument("--evaluations", type=at_least(1), default=8, help="over the run (default: %(default)s)")
-    parser.add_argument("--eval_micro_batches", type=at_least(1), default=50, help="to validate on (default: %(default)s)")
-    parser.add_argument("--sample", type=at_least(0), default=300,
+    parser.add_argument("--lr", type=number(0), help=f"peak (default: the JSON's, else {lr:g})")
+    parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
+    parser.add_argument("--evaluations", type=whole(1, 1_000_000),
+                        help=f"over the run (default: {EVALUATIONS}, at most one an update)")
+    parser.add_argument("--eval_micro_batches", type=whole(1), default=50,
+                        help="to validate on, if the text has as many (default: %(default)s)")
+    parser.add_argument("--sample", type=whole(0, 1_000_000), default=300,
                         help="tokens of generated text at the end (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the sample (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
     training.add_run_arguments(parser, stretch="evaluations", summary=summary)
 
 
@@ -95,10 +83,14 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
         test_first: whether to validate before all training.
         facts: more fields of the summary.
     """
+    if args.sample == 0:
+        refuse_unused(args, ["temperature"], "with --sample 0 no text is drawn")
     micro_batch, sequence = setup.micro_batch, args.sequence_length
     updates = args.micro_batches // setup.k
     if updates < 1:
         raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
+    if args.evaluations is not None and args.evaluations > updates:
+        raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
 
     def read() -> Corpus:
         return Corpus.of(read_text(args.data), tokenizer, sequence)
@@ -107,8 +99,9 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
     loader = None if corpus is None else RandomWindows(corpus.train, micro_batch, sequence, seed=args.seed,
                                                        replica=setup.replica, replicas=setup.replicas)
     common.set_peak_lr(setup.config, args.lr, rule=lr)
+    warmup = WARMUP if args.warmup is None else args.warmup
     engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
-                          schedule=common.lr_schedule("cosine", updates, round(args.warmup * updates)),
+                          schedule=common.lr_schedule("cosine", updates, round(warmup * updates)),
                           sample_input=torch.zeros(micro_batch, sequence, dtype=torch.long))
 
     def test() -> float:
@@ -117,14 +110,15 @@ def run(args: argparse.Namespace, setup: training.Setup, layers: list[Any], toke
     def show(progress: training.Progress) -> str:
         return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
 
-    stretches = min(args.evaluations, updates)
+    stretches = args.evaluations or min(EVALUATIONS, updates)
     trained = training.train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
                              ends=[updates * (i + 1) // stretches for i in range(stretches)])
     text = ""
     if args.sample:
+        temperature = TEMPERATURE if args.temperature is None else args.temperature
         prompt = common.from_rank(0, [] if corpus is None else corpus.validation[:PROMPT].tolist())
         text = tokenizer.decode(prompt + generate(engine, prompt, args.sample, window=sequence, seed=args.seed,
-                                                  vocab_size=tokenizer.vocab_size, temperature=args.temperature))
+                                                  vocab_size=tokenizer.vocab_size, temperature=temperature))
     losses, validation = trained.progress.train_loss, trained.progress.score
     tokens = [n * setup.update_samples * sequence for n in trained.progress.updates]
     before = {"validation_loss_before": validation[0], "perplexity_before": perplexity(validation[0])} if test_first else {}

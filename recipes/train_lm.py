@@ -19,12 +19,13 @@ import common
 import hugging_face_layers
 import language_model
 import training
+from options import number, refuse_unused, whole
 from text_data import Tokenizer, tokenizer_of
 
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import SIZES, build_gpt
 
-LR = 1e-3
+LR, EMBEDDING_STD = 1e-3, 0.3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,11 +33,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny",
                         help=f"a GPT's size ({', '.join(SIZES)}), or a config.json of transformers (default: tiny)")
     parser.add_argument("--plain", action="store_true", help="a residual GPT of the same size, which cannot be inverted")
-    parser.add_argument("--blocks", type=language_model.at_least(1), help="of a GPT, instead of the size's own")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of a GPT (default: %(default)s)")
-    parser.add_argument("--embedding_std", type=float, default=0.3,
-                        help="of a GPT: scale of the stream against what blocks add; larger bears delay better "
-                        "(default: %(default)s)")
+    parser.add_argument("--blocks", type=whole(1, 10_000), help="of a GPT, instead of the size's own")
+    parser.add_argument("--dropout", type=number(0, 1, below=True), help="of a GPT (default: 0)")
+    parser.add_argument("--embedding_std", type=number(0, above=True), help="of a GPT: scale of the stream against what blocks "
+                        f"add; larger bears delay better (default: {EMBEDDING_STD})")
     hugging_face_layers.add_arguments(parser)
     language_model.add_arguments(parser, data="topics", sequence_length=64, micro_batches=1000, lr=LR,
                                  summary="runs/lm_METHOD.json")
@@ -49,8 +49,8 @@ def gpt(args: argparse.Namespace) -> tuple[list[Any], Tokenizer]:
         raise ConfigError("--output", args.output, f"transformers cannot load the GPT {args.model!r}, which is this project's "
                           "own", "Take --save_checkpoint, or a config.json as --model")
     tokenizer, size = tokenizer_of(args.tokenizer), SIZES[args.model]
-    size = replace(size, vocab_size=tokenizer.vocab_size, dropout=args.dropout, embedding_std=args.embedding_std,
-                   blocks=args.blocks or size.blocks)
+    size = replace(size, vocab_size=tokenizer.vocab_size, dropout=args.dropout or 0.0,
+                   embedding_std=args.embedding_std or EMBEDDING_STD, blocks=args.blocks or size.blocks)
     return build_gpt(size, reversible=not args.plain), tokenizer
 
 
@@ -59,6 +59,11 @@ def train(args: argparse.Namespace) -> None:
     own = args.model in SIZES
     if not own and not Path(args.model).exists():
         raise ConfigError("--model", args.model, f"it is neither a size ({', '.join(SIZES)}) nor a config.json of transformers")
+    if own:
+        refuse_unused(args, {"untie_embeddings": False}, f"the GPT {args.model} has two tensors, as it is")
+    else:
+        refuse_unused(args, {"plain": False, "blocks": None, "dropout": None, "embedding_std": None},
+                      f"it is for this project's GPTs, and {args.model} says by itself what the model is", "Write it there")
     layers, tokenizer = gpt(args) if own else hugging_face_layers.model_of(args, setup, fresh=True)
     what = f"{'plain' if args.plain else 'reversible'} GPT {args.model}" if own else f"new {args.model}"
     engine = language_model.run(args, setup, layers, tokenizer, lr=LR, name="lm", title=f"{what} on {args.data}",

@@ -18,8 +18,10 @@ import common
 import torch
 import torch.distributed as dist
 import training
-from image_data import NAMED, ImageData, load_images
+from deepspeed.pipe import LayerSpec
+from image_data import NAMED, SMALLEST, ImageData, load_images
 from micro_batches import MicroBatches, Samples, in_order
+from options import number, refuse_beyond_memory, refuse_unused, whole
 from torch import nn
 
 from ds_decoupled.errors import ConfigError
@@ -32,16 +34,17 @@ STEPS_IMAGENET = (30 / 90, 60 / 90, 80 / 90)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="revnet18", choices=MODELS)
-    parser.add_argument("--width", type=int, help="channels of the first group (default: 16 for digits, else the paper's)")
+    parser.add_argument("--width", type=whole(1), help="channels of the first group (default: 16 for digits, else the paper's)")
     parser.add_argument("--data", default="digits", help=f"one of {', '.join(NAMED)}, or a folder of images or parquet")
-    parser.add_argument("--data_root", default="data", help="where torchvision's data sets are (default: data)")
-    parser.add_argument("--image_size", type=int, help="pixels a side (default: 16 for digits, else the data's own)")
-    parser.add_argument("--num_classes", type=int, help="outputs of the model (default: the data's classes)")
-    parser.add_argument("--epochs", type=int, help="default: 20 for digits, 300 for small images, 90 for large")
-    parser.add_argument("--lr", type=float, help="peak (default: the JSON's, else 0.1 * batch / 256)")
-    parser.add_argument("--schedule", default="cosine", choices=("cosine", "steps"))
-    parser.add_argument("--warmup_epochs", type=float, help="default: 5, at most a fifth of all epochs")
-    parser.add_argument("--eval_every", type=int, default=1, help="epochs from test to test")
+    parser.add_argument("--data_root", help="where torchvision's data sets are (default: data)")
+    parser.add_argument("--image_size", type=whole(SMALLEST, 100_000),
+                        help="pixels a side (default: 16 for digits, else the data's own)")
+    parser.add_argument("--num_classes", type=whole(1, 10_000_000), help="outputs of the model (default: the data's classes)")
+    parser.add_argument("--epochs", type=whole(1, 1_000_000), help="default: 20 for digits, 300 for small images, 90 for large")
+    parser.add_argument("--lr", type=number(0), help="peak (default: the JSON's, else 0.1 * batch / 256)")
+    parser.add_argument("--schedule", choices=("cosine", "steps"), help="(default: cosine)")
+    parser.add_argument("--warmup_epochs", type=number(0), help="default: 5, at most a fifth of all epochs")
+    parser.add_argument("--eval_every", type=whole(1), default=1, help="epochs from test to test (default: 1)")
     training.add_run_arguments(parser, stretch="epochs", summary="runs/METHOD.json")
     return parser.parse_args()
 
@@ -61,7 +64,7 @@ def load(args: argparse.Namespace, holds_data: bool) -> tuple[ImageData | None, 
     """The images on the ranks of the first and the last stage, facts about them on all."""
 
     def read() -> ImageData:
-        return load_images(args.data, root=args.data_root, image_size=args.image_size, num_classes=args.num_classes)
+        return load_images(args.data, root=args.data_root or "data", image_size=args.image_size, num_classes=args.num_classes)
 
     # One rank downloads, then the others find the files.
     goes_first = args.data != "cifar10" or dist.get_rank() == 0
@@ -87,15 +90,28 @@ def evaluate(engine: Any, test: Samples | None, count: int, micro_batch: int) ->
     return common.from_rank(dist.get_world_size() - 1, accuracy)
 
 
+def check_memory(args: argparse.Namespace, layers: list[LayerSpec], micro_batch: int, facts: DataFacts) -> None:
+    """Refuse a model, or a micro-batch of images, that is larger than this machine."""
+    with torch.device("meta"):  # without weights
+        weights = sum(parameter.numel() for layer in layers for parameter in layer.build().parameters())
+    for name in ("width", "num_classes"):
+        if getattr(args, name) is not None:
+            refuse_beyond_memory(f"--{name}", getattr(args, name), 4.0 * weights, "the model's weights")
+    refuse_beyond_memory("--image_size" if args.image_size else "train_micro_batch_size_per_gpu",
+                         args.image_size or micro_batch, 12.0 * micro_batch * facts.image_size**2, "one micro-batch of images")
+
+
 def train(args: argparse.Namespace) -> None:
     setup = training.Setup.of(args)
+    if args.data not in NAMED or args.data == "digits":
+        refuse_unused(args, ["data_root"], f"--data {args.data} is not read from there")
     micro_batch, k, replicas = setup.micro_batch, setup.k, setup.replicas
     images, facts = load(args, setup.holds_data)
     digits = args.data == "digits"
     width = args.width or (16 if digits else None)
     epochs = args.epochs if args.epochs is not None else 20 if digits else 300 if facts.form == "cifar10" else 90
-    if epochs < 1:
-        raise ConfigError("--epochs", epochs, "it must be at least 1")
+    if args.warmup_epochs is not None and args.warmup_epochs > epochs:
+        raise ConfigError("--warmup_epochs", args.warmup_epochs, f"there are {epochs} epochs", "Take fewer")
 
     def open_loader() -> MicroBatches:
         assert images is not None
@@ -109,12 +125,14 @@ def train(args: argparse.Namespace) -> None:
     common.set_peak_lr(setup.config, args.lr, rule=0.1 * setup.update_samples / 256)
     warmup_epochs = min(5.0, epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
     steps = STEPS_IMAGENET if facts.form == "imagenet" or args.data == "imagenet32" else STEPS_SMALL
+    layers = build_model(args.model, data=facts.form, num_classes=facts.num_classes, width=width)
+    check_memory(args, layers, micro_batch, facts)
     sample = torch.randn(micro_batch, 3, facts.image_size, facts.image_size, generator=torch.Generator().manual_seed(0))
     engine = setup.engine(
-        build_model(args.model, data=facts.form, num_classes=facts.num_classes, width=width),
+        layers,
         loss_fn=nn.CrossEntropyLoss(),
         seed=args.seed,
-        schedule=common.lr_schedule(args.schedule, ends[-1], round(warmup_epochs * per_epoch / k), steps),
+        schedule=common.lr_schedule(args.schedule or "cosine", ends[-1], round(warmup_epochs * per_epoch / k), steps),
         sample_input=sample,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +16,18 @@ import common
 import deepspeed
 import torch
 import torch.distributed as dist
+from options import SEEDS, refuse_unused, whole
+from places import check_file, check_folder, check_picture
 from torch import Tensor
 from tqdm import tqdm
 
 import ds_decoupled
 from ds_decoupled.errors import ConfigError
+
+DEFAULT_FOLDER = Path("runs")
+"""Where results go, unless told otherwise."""
+SETS_THE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")
+"""DeepSpeed's schedulers that take no notice of the optimizer's rate."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, stretch: str, summary: str) -> None:
@@ -29,16 +37,49 @@ def add_run_arguments(parser: argparse.ArgumentParser, stretch: str, summary: st
         stretch: what lies between two tests, in the plural.
         summary: where results go by default.
     """
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pipe_ranks", type=int, help="P, processes a pipeline (default: all)")
+    parser.add_argument("--seed", type=whole(0, SEEDS), default=0)
+    parser.add_argument("--pipe_ranks", type=whole(1), help="P, processes a pipeline (default: all)")
     parser.add_argument("--summary", type=Path, help=f"JSON file of results (default: {summary})")
     parser.add_argument("--plot", type=Path, help="picture of the curves (default: beside the summary)")
     parser.add_argument("--save_checkpoint", metavar="DIR", help="save there at the end")
-    parser.add_argument("--save_every", type=int, default=0, help=f"and after every so many {stretch}")
+    parser.add_argument("--save_every", type=whole(1), help=f"and after every so many {stretch}")
     parser.add_argument("--resume", metavar="DIR", help="go on from the last checkpoint there")
     parser.add_argument("--backend", help="of torch.distributed (default: DeepSpeed's choice)")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     deepspeed.add_config_arguments(parser)
+
+
+def check_run_arguments(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse what would change nothing, and places that cannot be written to, before there is anything to lose."""
+    if args.save_checkpoint is None:
+        refuse_unused(args, ["save_every"], "without --save_checkpoint nothing is saved", "Give --save_checkpoint")
+    scheduler = config.get("scheduler")
+    if isinstance(scheduler, dict):
+        why = f'the JSON\'s "scheduler", {scheduler.get("type")}, decides over the rate'
+        hint = 'Leave it out, or take the "scheduler" out of the JSON'
+        refuse_unused(args, [name for name in ("schedule", "warmup_epochs", "warmup") if hasattr(args, name)], why, hint)
+        if scheduler.get("type") in SETS_THE_RATE:
+            refuse_unused(args, ["lr"], why, hint)
+    if args.save_checkpoint is not None and int(os.environ["LOCAL_RANK"]) == 0:
+        check_folder("--save_checkpoint", args.save_checkpoint)
+    if dist.get_rank() != 0:
+        return
+    summary, plot = args.summary or DEFAULT_FOLDER / "METHOD.json", _plot_path(args, args.summary)
+    if args.summary is None:
+        check_folder("--summary", DEFAULT_FOLDER)
+    else:
+        check_file("--summary", summary)
+    if plot is not None:
+        if plot == summary:
+            raise ConfigError("--summary", str(summary), f"the picture of the curves would go to the same file, {plot}",
+                              "End the summary's name with .json, or give another --plot")
+        check_picture("--plot", plot)
+
+
+def _plot_path(args: argparse.Namespace, summary: Path | None) -> Path | None:
+    """Where the picture goes; None while neither it nor the summary has a name."""
+    plot: Path | None = args.plot or (None if summary is None else summary.with_suffix(".png"))
+    return plot
 
 
 @dataclass(frozen=True)
@@ -65,6 +106,7 @@ class Setup:
     def of(args: argparse.Namespace) -> Setup:
         """Raises :class:`ConfigError` for settings that cannot work."""
         config = common.read_config(args.deepspeed_config)
+        common.together(lambda: check_run_arguments(args, config))
         pipe_ranks, pipe_rank, replicas, replica = common.pipe_position(args.pipe_ranks)
         return Setup(config, pipe_ranks, pipe_rank, replicas, replica, *common.batch_sizes(config, replicas))
 
@@ -77,6 +119,12 @@ class Setup:
     def update_samples(self) -> int:
         """Samples of one update, over all replicas."""
         return self.micro_batch * self.k * self.replicas
+
+    @property
+    def counted_in(self) -> dict[str, int]:
+        """Units that a run's progress is counted in: a checkpoint goes on with the same ones."""
+        return {"gradient_accumulation_steps": self.k, "samples of a micro-batch, over all replicas,":
+                self.micro_batch * self.replicas}
 
     def engine(self, layers: list[Any], *, loss_fn: Callable[..., Any], seed: int, schedule: Any, sample_input: Any) -> Any:
         """The engine that trains ``layers``; ``schedule`` counts updates, unless the JSON has a scheduler."""
@@ -162,7 +210,7 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
     if ends[-1] < 1:
         raise ConfigError("gradient_accumulation_steps", setup.k, "all the micro-batches of this run do not make one update",
                           "Take a smaller k or a longer run")
-    progress = _resume(engine, args.resume, ends[-1]) if args.resume else Progress()
+    progress = _resume(engine, setup, args.resume, ends[-1]) if args.resume else Progress()
     first, seconds = progress.done, 0.0
     if loader is not None:
         loader.seek(first * setup.k)
@@ -180,7 +228,8 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics)
         if args.save_checkpoint and (last or (args.save_every and number % args.save_every == 0)):
             # Before the drain, so that a longer run goes on as if it had not been stopped.
-            engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}", client_state={"progress": asdict(progress)})
+            engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}",
+                                   client_state={"progress": asdict(progress), "run": setup.counted_in})
         if last:
             start = time.perf_counter()
             if hasattr(engine, "drain"):
@@ -192,15 +241,23 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
     return Trained(progress, seconds, ends[-1] - first)
 
 
-def _resume(engine: Any, folder: str, updates: int) -> Progress:
+def _resume(engine: Any, setup: Setup, folder: str, updates: int) -> Progress:
     """What the checkpoint in ``folder`` has done; the engine goes on from there."""
+    hint = "Go on with the settings of the run that saved it"
     try:
         path, state = engine.load_checkpoint(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError("--resume", folder, str(error), "Go on with the settings of the run that saved it") from error
-    if path is None or state is None or "progress" not in state:
-        raise ConfigError("--resume", folder, "no checkpoint was found there", "Check the folder")
-    progress = Progress(**state["progress"])
+    except Exception as error:  # cut off files, and those of another model, raise whatever reading them comes to
+        what = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise ConfigError("--resume", folder, f"the checkpoint does not load ({what})", hint) from error
+    if path is None or not isinstance(state, dict) or "progress" not in state:
+        raise ConfigError("--resume", folder, "no checkpoint of this recipe was found there", "Check the folder")
+    for what, here in setup.counted_in.items():
+        if (saved := state.get("run", {}).get(what, here)) != here:
+            raise ConfigError("--resume", folder, f"the run that saved it has {what} {saved}, and this one {here}", hint)
+    try:
+        progress = Progress(**state["progress"])
+    except TypeError as error:
+        raise ConfigError("--resume", folder, f"another version of the recipe saved it ({error})", hint) from error
     if progress.done >= updates:
         raise ConfigError("--resume", folder, f"the checkpoint has made {progress.done} updates, and this run ends after "
                           f"{updates}", "Ask for a longer run")
@@ -249,13 +306,13 @@ def report(args: argparse.Namespace, summary: dict[str, Any], name: str, title: 
     """
     if dist.get_rank() != 0:
         return
-    path = args.summary or Path("runs") / f"{name}.json"
-    plot = args.plot or path.with_suffix(".png")
+    path = args.summary or DEFAULT_FOLDER / f"{name}.json"
+    plot = _plot_path(args, path) or path.with_suffix(".png")
     x_name, places = x
 
     def points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, common.Curves]:
         return {axis: {curve: list(zip(places, values)) for curve, values in curves.items()} for axis, curves in panels.items()}
 
-    common.plot_curves(plot, title, x_name, points(axes), points(by_stage or {}))
     common.write_json(path, summary)
+    common.plot_curves(plot, title, x_name, points(axes), points(by_stage or {}))
     print(f"{title} on {summary['pipe_ranks']} rank(s): {line}\nsummary: {path}\ncurves: {plot}")

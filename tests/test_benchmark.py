@@ -188,8 +188,8 @@ def test_memory_and_reconstruction(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--ranks", "11"], "--ranks 11: revnet18 has 10 layers"),
-    (["--k", "0"], "--k 0: it must be at least 1"),
+    (["--ranks", "11"], '"--ranks": 11 cannot be used: revnet18 has 10 layers'),
+    (["--k", "0"], "--k: '0' is not a whole number of at least 1"),
     (["--methods", "adam"], "invalid choice: 'adam'"),
 ])
 def test_bad_arguments(arguments: list[str], message: str) -> None:

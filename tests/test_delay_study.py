@@ -82,13 +82,20 @@ def test_gaps_are_to_the_best_backpropagation_of_the_same_optimizer_and_k() -> N
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--hops", "1"], ["--hops", "two whole numbers"]),
-    (["--k", "0"], ["--k", "at least 1"]),
     (["--stages", "5"], ["--stages", "1 to 2 stages, or 4"]),
     (["--params", "[1]"], ["--params", "a JSON object"]),
+    (["--stages", "2", "--hops", "0,0"], ["decoupled.hops", "b >= 1"]),
+    (["--stages", "2", "--k", "13"], ["--micro_batches", "12", "k = 13"]),
+    (["--stages", "2", "--heads", "3"], ["--heads", "3", "width 16"]),
+    (["--stages", "2", "--data", "/none.txt"], ["--data", "/none.txt"]),
+    (["--stages", "2", "--plot", "/proc/1/picture.png"], ["--plot", "/proc/1/picture.png"]),
+    (["--stages", "2", "--output", "/proc/1/study.json"], ["--output", "/proc/1/study.json"]),
+    (["--methods", "backprop", "reversible", "--lr_by_delay", "3"], ["--lr_by_delay", "[3]", "would change nothing"]),
+    (["--methods", "backprop", "--stages", "2"], ["--stages", "[2]", "would change nothing"]),
 ])
 def test_bad_arguments(arguments: list[str], words: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as failure:
-        delay_study.main([*TINY, *arguments, "--output", str(tmp_path / "study.json")])
+        delay_study.main([*TINY, "--output", str(tmp_path / "study.json"), *arguments])
     assert all(word in str(failure.value) for word in words)
 
 

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ds_decoupled.analysis.kinds import ROWS
 from ds_decoupled.analysis.simulate import Simulation
-from ds_decoupled.schedules.actions import Kind
-
-COLOURS = {Kind.FORWARD: "#8fb8de", Kind.LOSS: "#b8a1d9", Kind.BACKWARD: "#8cc9a1", Kind.RECOMPUTE: "#f2c079",
-           Kind.RECONSTRUCT: "#e59a8f", Kind.WEIGHTS: "#c9c9c9"}
-_NAMES = {Kind.FORWARD: "forward", Kind.LOSS: "forward, loss, backward", Kind.BACKWARD: "backward",
-          Kind.RECOMPUTE: "backward by recomputation", Kind.RECONSTRUCT: "backward by reconstruction",
-          Kind.WEIGHTS: "weights' gradients"}
 
 
 def timeline(simulation: Simulation, path: str | Path, *, until: float | None = None, title: str = "") -> None:
@@ -40,16 +34,17 @@ def timeline(simulation: Simulation, path: str | Path, *, until: float | None = 
     axes = figure.add_subplot()
     several = len({e.action.stage for e in simulation.events}) > ranks
     for event in simulation.events:
-        if event.action.kind not in COLOURS or event.start >= until:
+        if event.start == event.end or event.start >= until:
             continue
-        axes.broken_barh([(event.start, event.end - event.start)], (event.rank - 0.4, 0.8),
-                         facecolors=COLOURS[event.action.kind], edgecolor="white", linewidth=0.8)
-        if (event.end - event.start) * width < 0.2 * until:
+        end = min(event.end, until)
+        axes.broken_barh([(event.start, end - event.start)], (event.rank - 0.4, 0.8),
+                         facecolors=ROWS[event.action.kind].colour, edgecolor="white", linewidth=0.8)
+        if (end - event.start) * width < 0.2 * until:
             continue  # no room for a number
         text = f"{event.action.stage}:{event.action.micro_batch}" if several else str(event.action.micro_batch)
-        axes.text((event.start + event.end) / 2, event.rank, text, ha="center", va="center", fontsize=7, clip_on=True)
-    drawn = {event.action.kind for event in simulation.events}
-    axes.legend(handles=[Patch(color=colour, label=_NAMES[kind]) for kind, colour in COLOURS.items() if kind in drawn],
+        axes.text((event.start + end) / 2, event.rank, text, ha="center", va="center", fontsize=7, clip_on=True)
+    drawn = {event.action.kind for event in simulation.events if event.start < event.end}
+    axes.legend(handles=[Patch(color=row.colour, label=row.words) for kind, row in ROWS.items() if kind in drawn],
                 loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
     axes.set(xlim=(0, until), ylim=(ranks - 0.5, -0.5), yticks=range(ranks),
              yticklabels=[f"rank {r}" for r in range(ranks)], title=title,

@@ -15,6 +15,9 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.schedules.partition import Placement
 from ds_decoupled.schedules.plan import Plan
 
+#: More would take longer than anybody waits for a table.
+MOST_ACTIONS = 3_000_000
+
 #: What a record in flight holds of the stage's activations between a forward and its backward pass.
 KEPT = {"graph": "graph", "input": "input", "reconstruct": "nothing"}
 
@@ -59,6 +62,12 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     # Long enough for the times to repeat: see Simulation.time_per_micro_batch.
     endless = 5 * (fill + 1) + 8 * shape.stages + 4 * shape.k
     drawn = shape.micro_batches or (shape.k if axes.flush else endless)
+    actions = shape.stages * (max(drawn, endless) + fill) * 3
+    if actions > MOST_ACTIONS:
+        sizes = (f"{shape.stages} stages, k = {shape.k}, hops ({axes.hops[0]}, {axes.hops[1]}), "
+                 f"{max(drawn, endless)} micro-batches")
+        raise ConfigError("plan", sizes, f"no plan of more than {MOST_ACTIONS} actions is drawn and timed",
+                          "Take less of what is large.")
     rows = shape.ticks or (drawn + fill if axes.flush or shape.micro_batches else fill + 4)
     lists = [list(islice(plan.run(rank, drawn), rows)) for rank in range(shape.ranks)]
     run = simulate(plan, drawn, costs)

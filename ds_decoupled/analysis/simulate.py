@@ -18,17 +18,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NoReturn
 
+from ds_decoupled.analysis.kinds import ROWS
 from ds_decoupled.analysis.staircase import Lists, staircase
 from ds_decoupled.errors import PlanError
 from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, Action, Kind
 from ds_decoupled.schedules.plan import Plan
-
-#: Cost of an action in units of one stage's forward pass: a backward pass costs two, one to its input alone one, a forward
-#: pass run again one more; heads cost nothing here.
-UNIT_COSTS: Mapping[Kind, float] = {
-    Kind.FORWARD: 1, Kind.LOSS: 3, Kind.BACKWARD: 2, Kind.RECOMPUTE: 3, Kind.RECONSTRUCT: 3, Kind.UPDATE: 0,
-    Kind.LOAD: 0, Kind.HEAD: 2, Kind.RELAY: 1,
-}
 
 #: How many messages of one unit a message carries: a reconstruction travels together with its gradient.
 PAYLOADS = {Kind.SEND_ACTIVATION: 1, Kind.SEND_GRADIENT: 1, Kind.SEND_RECONSTRUCTION: 2}
@@ -42,9 +36,9 @@ class Costs:
     """What actions and links cost, in any one unit of time.
 
     Attributes:
-        kinds: cost of an action by kind, on every stage; what is left out costs what :data:`UNIT_COSTS` says, and the
-            weights' own gradients (``W``) as much as the stage's forward pass. A backward pass whose weights' gradients
-            are put off costs so much less.
+        kinds: cost of an action by kind, on every stage; what is left out costs what :mod:`ds_decoupled.analysis.kinds` says,
+            and the weights' own gradients (``W``) as much as the stage's forward pass. A backward pass whose weights'
+            gradients are put off costs so much less.
         stages: cost by ``(stage, kind)``, where a stage differs (for example a measured time).
         link: time from a send to the message's arrival on another rank.
         message_bytes: bytes of one activation, and of its gradient.
@@ -61,7 +55,7 @@ class Costs:
             return float(self.stages[stage, kind])
         if kind in self.kinds:
             return float(self.kinds[kind])
-        return self.of(stage, Kind.FORWARD) if kind is Kind.WEIGHTS else float(UNIT_COSTS.get(kind, 0.0))
+        return self.of(stage, Kind.FORWARD) if kind is Kind.WEIGHTS else float(ROWS[kind].cost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,21 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from itertools import pairwise
 
+from ds_decoupled.analysis.kinds import ROWS
 from ds_decoupled.schedules.actions import Action, Kind
 
 #: What the letters in a cell mean.
-LEGEND = {
-    Kind.FORWARD: "F forward",
-    Kind.LOSS: "X forward, loss and backward",
-    Kind.HEAD: "H forward, own loss and its gradient to the input",
-    Kind.RELAY: "G gradient of a loss above, passed on",
-    Kind.BACKWARD: "B backward through the kept graph",
-    Kind.RECOMPUTE: "C backward by recomputation",
-    Kind.RECONSTRUCT: "R backward by reconstruction",
-    Kind.WEIGHTS: "W weights' gradients, behind the send",
-}
+LEGEND = {kind: f"{kind.value} {row.words}" for kind, row in ROWS.items() if row.in_cells}
 UPDATE_MARK = "*"
-UPDATE_LEGEND = f"{UPDATE_MARK} the stage's update follows"
+UPDATE_LEGEND = f"{UPDATE_MARK} {ROWS[Kind.UPDATE].words} follows"
 
 #: Every rank's list: ``lists[rank][tick]`` are the actions in order, as :meth:`Plan.run` gives them.
 Lists = Sequence[Sequence[Sequence[Action]]]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.models.hugging_face.adapters import add_adapters
 from ds_decoupled.models.hugging_face.anatomy import Anatomy, skeleton
 from ds_decoupled.models.hugging_face.weights import Source
@@ -48,6 +49,10 @@ class Conversion:
             values = self.source.read(names) if self.source is not None else {}
             for name, parameter in list(root.named_parameters()):
                 path, _, own = name.rpartition(".")
+                if name in values and values[name].shape != parameter.shape:
+                    raise ConfigError("model", type(self.config).__name__, f"the checkpoint's tensor {name} is of shape "
+                                      f"{tuple(values[name].shape)}, and by its configuration of {tuple(parameter.shape)}",
+                                      "Give the config.json that was saved with the weights.")
                 value = values[name].float().clone() if name in values else torch.empty_like(parameter, device="cpu")
                 setattr(root.get_submodule(path), own, nn.Parameter(value))
             for name, buffer in root.named_buffers():

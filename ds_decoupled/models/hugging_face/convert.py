@@ -98,8 +98,9 @@ def _config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError("model", str(folder), f"its configuration cannot be read ({str(error).splitlines()[0]})",
+    except Exception as error:  # what a file that is none raises depends on what is in it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("model", str(folder), f"its configuration cannot be read ({reason})",
                           "A folder that save_pretrained() wrote is needed.") from error
 
 
@@ -110,8 +111,9 @@ def _class_of(config: Any, attn_implementation: str | None) -> Any:
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except ValueError as error:
-        raise ConfigError("model", type(config).__name__, f"it is no causal language model of transformers "
-                          f"({str(error).splitlines()[0][:200]})", "Give a model with a language-modelling head.") from error
+    except Exception as error:  # what sizes that do not go together raise is the architecture's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError("model", type(config).__name__, "no causal language model of transformers can be made of it "
+                          f"({reason})", "Give a model with a language-modelling head.") from error
     config._attn_implementation = model.config._attn_implementation
     return type(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,14 +50,13 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path, prefix: str, aliases: dict[str, str]) -> None:
-        from safetensors import safe_open
-
         self.folder, self.prefix, self.aliases = folder, prefix, aliases
         self.files: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            self.files = json.loads((folder / INDEX).read_text())["weight_map"]
+            with _readable(folder / INDEX):
+                self.files = dict(json.loads((folder / INDEX).read_text())["weight_map"])
         elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, framework="pt") as file:
+            with _opened(folder / SINGLE) as file:
                 self.files = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise ConfigError("model", str(folder), f"the folder has neither {SINGLE} nor {INDEX}",
@@ -75,11 +75,29 @@ class SafetensorsFolder:
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Open the files that hold ``names``, and read these tensors alone."""
-        from safetensors import safe_open
-
         stored = {name: self._stored(name) for name in names}
         values: dict[str, Tensor] = {}
         for filename in sorted({self.files[s] for s in stored.values()}):
-            with safe_open(self.folder / filename, framework="pt") as file:
+            with _opened(self.folder / filename) as file:
                 values |= {name: file.get_tensor(s) for name, s in stored.items() if self.files[s] == filename}
         return values
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is raised for a file that is missing, cut off or none is one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("model", str(path), f"it cannot be read ({reason})", "Is it whole? Get it again.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, framework="pt") as file:
+        yield file
