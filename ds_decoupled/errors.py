@@ -15,6 +15,17 @@ class ConfigError(ValueError):
         super().__init__(f"{text}. {hint}" if hint else f"{text}.")
 
 
+class RankError(RuntimeError):
+    """Another rank failed while all made something together; says which, and of what."""
+
+
+class Verbatim(str):
+    """A text that stands in messages without quotes: a value as another rank told it, or several values at once."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class LinkError(RuntimeError):
     """A message that did not come, or that is not the one that was due."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs, wait_for_all
-from ds_decoupled.config import BLOCK, DecoupledConfig, check_bounds, parse_block
+from ds_decoupled.collectives import agreed
+from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs
+from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, check_bounds, read_json
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import HeadMaker, layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
+from ds_decoupled.settings.check import check_settings, comparable
+from ds_decoupled.settings.reading import Source
 from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Tensors
@@ -55,6 +58,25 @@ def _with_seed(layer: Any, index: int, base_seed: int) -> Any:
     return layer
 
 
+def _read(config: Source | None, arguments: dict[str, Any]) -> tuple[DecoupledConfig, dict[str, Any]]:
+    """The block of ``config``, checked, and what must be the same on every rank."""
+    settings = {} if config is None else read_json(config)
+    block = block_of(settings)
+    given = block or DecoupledConfig(method="backprop")
+    decoupled = not given.is_plain_backprop
+    if config is not None:
+        check_settings(settings, decoupled)
+    if decoupled and arguments["activation_checkpoint_interval"]:
+        raise ConfigError("activation_checkpoint_interval", arguments["activation_checkpoint_interval"], "what a stage keeps for its "
+                          "backward pass is the method's business, and a decoupled engine checkpoints nothing beside it",
+                          'Leave it out, and take "recover": "input" (as "method": "dsp" does).')
+    ranks, world = arguments["num_stages"], torch.distributed.get_world_size()
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1 or world % ranks):
+        raise ConfigError("num_stages", ranks, f"the number of pipe ranks (P) divides the number of processes, which is {world}",
+                          "Leave it out for one pipe rank a process.")
+    return given, arguments | comparable(settings, block)
+
+
 class DecoupledPipelineModule(PipelineModuleBase):
     """A ``PipelineModule`` with stages smaller than ranks.
 
@@ -64,7 +86,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         layers: as for ``PipelineModule``: ``LayerSpec``s, modules or functions; each takes and returns a tensor or a
             tuple of tensors. Layers from a ``LayerSpec`` get the same initial weights for every number of ranks.
         num_stages: P, the ranks of the pipe axis (DeepSpeed's name); by default the world size.
-        config: the DeepSpeed configuration (path or dictionary); its ``decoupled`` block says ``stages`` and
+        config: the DeepSpeed configuration (a path, a dictionary, or what else DeepSpeed takes); its ``decoupled`` block says ``stages`` and
             ``partition``.
         stages: overrides the block's ``stages``.
         partition: overrides the block's ``partition``; ``partition_method`` is its name in DeepSpeed and works too.
@@ -77,16 +99,17 @@ class DecoupledPipelineModule(PipelineModuleBase):
     """
 
     def __init__(self, layers: Sequence[Any], num_stages: int | None = None, *, topology: Any = None,
-                 config: str | Path | dict[str, Any] | None = None, stages: int | str | list[int] | None = None,
+                 config: Source | None = None, stages: int | str | list[int] | None = None,
                  partition: str | list[int] | None = None, partition_method: str | None = None, sample_input: Any = None,
                  base_seed: int = 1234, loss_fn: Callable[..., Any] | None = None, **kwargs: Any) -> None:
         import deepspeed
 
         deepspeed.init_distributed()
-        wait_for_all()
         layers = list(layers)
-        block = parse_block(config) if config is not None else None
-        given = block or DecoupledConfig(method="backprop")
+        given = agreed(partial(_read, config, {
+            "layers": len(layers), "num_stages": num_stages, "stages": stages, "partition": partition or partition_method,
+            "base_seed": base_seed, "activation_checkpoint_interval": kwargs.get("activation_checkpoint_interval", 0)}),
+            "configuration and arguments of DecoupledPipelineModule")
         self._starts = block_starts(layers)
         self._stages_setting = stages if stages is not None else given.stages
         self._partition_setting = partition or partition_method or given.partition
