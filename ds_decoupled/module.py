@@ -148,7 +148,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
             times = layer_times(layer_specs(self), self.sample_input, *self._heads())
             # The last stage goes forward and back at once and runs nothing again.
             return [t.cost(self._recover != "graph") for t in times], [t.cost(False) for t in times]
-        raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
+        raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds",
+                          "Leave it out for 'parameters'.")
 
     def _heads(self) -> tuple[HeadMaker | None, list[int]]:
         """How the stages' heads are built, and the ends of stages that have one and are known before the layers are cut."""
@@ -177,7 +178,7 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
     name, layers = f"{BLOCK}.stages", len(weights)
     if isinstance(setting, list):
         if setting[-1] != layers:
-            raise ConfigError(name, setting, f"the last bound is the number of layers, {layers}")
+            raise ConfigError(name, setting, f"the last bound is the number of layers, {layers}", f"Let it end with {layers}.")
         bounds = setting
     elif setting == "blocks":
         if not starts:
@@ -208,7 +209,7 @@ def check_partition(partition: list[int], ranks: int, layers: int) -> list[int]:
     check_bounds(f"{BLOCK}.partition", partition)
     if len(partition) != ranks + 1 or partition[-1] != layers:
         raise ConfigError(f"{BLOCK}.partition", partition, f"{ranks} ranks need {ranks + 1} bounds, the last of them "
-                          f"the number of layers, {layers}")
+                          f"the number of layers, {layers}", 'Leave it out to balance them by their parameters.')
     return partition
 
 

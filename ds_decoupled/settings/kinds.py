@@ -25,7 +25,7 @@ def hint_for(value: Any, otherwise: str = "") -> str:
     """What to do about a value of the wrong type."""
     if isinstance(value, str):
         return AUTO if value == "auto" else WITHOUT_QUOTES
-    return "Leave it out for the default." if value is None else otherwise
+    return "Leave it out for the default." if value is None else otherwise or "Give such a number, or leave it out."
 
 
 def whole(least: int, most: int | None = None, why: str = "", hint: str = "") -> Check:

@@ -58,7 +58,7 @@ def read_json(config: Source) -> dict[str, Any]:
     text = _from_base64(config) if isinstance(config, str) else None
     if text is None:
         what = "it is a folder" if _is_folder(path) else "there is no such file"
-        raise ConfigError(SETTING, str(config), ff"a path to a JSON file is needed, and {what}", "Is the path right?")
+        raise ConfigError(SETTING, str(config), f"a path to a JSON file is needed, and {what}", "Is the path right?")
     return _parse(_shortened(str(config)), text)
 
 
@@ -90,6 +90,8 @@ def _from_base64(text: str) -> str | None:
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:
+    if not text.strip():  # no settings at all, to Hjson
+        raise ConfigError(SETTING, name, "a JSON object is needed, and there is nothing in it", "Is it the right file?")
     try:
         loaded = json.loads(text, object_pairs_hook=_without_duplicates)
     except _DuplicateKeys as error:
