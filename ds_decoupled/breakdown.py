@@ -5,8 +5,8 @@
     rank 1, pipe rank 1, after 20 updates, seconds by kind of action since the last line (times):
       ForwardLossBackward 0.412 (80)  RecvActivation 0.106 (80)  SendGradient 0.004 (80)  Update 0.051 (20)
 
-A receive's seconds are the wait for the neighbour. On a device every action is followed by a wait for the device, as in DeepSpeed's
-``SynchronizedWallClockTimer``, so that a run that is looked at is a slower one.
+A receive's seconds are the wait for the neighbour. On a device every action is followed by a wait for the device, as in
+DeepSpeed's ``SynchronizedWallClockTimer``, so that a run that is looked at is a slower one.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ class Breakdown:
         parts = [f"{name} {seconds:.3f} ({self._times[name]})" for name, seconds in sorted(self._seconds.items())]
         self._seconds.clear()
         self._times.clear()
-        return (f"rank {self.rank}, pipe rank {self.pipe_rank}, after {updates} updates, seconds by kind of action since the last "
-                "line (times):\n  " + "  ".join(parts))
+        return (f"rank {self.rank}, pipe rank {self.pipe_rank}, after {updates} updates, seconds by kind of action since the "
+                "last line (times):\n  " + "  ".join(parts))

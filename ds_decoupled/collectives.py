@@ -1,7 +1,7 @@
 """What ranks do together before training: an error of one is raised by all, and all have the same settings.
 
-A rank that raises by itself leaves the others in a call that it will never join, until the time-out. So all that may find a mistake
-while the engine is made runs inside :func:`together`, between the collective calls of its making.
+A rank that raises by itself leaves the others in a call that it will never join, until the time-out. So all that may find a
+mistake while the engine is made runs inside :func:`together`, between the collective calls of its making.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def agreed(read: Callable[[], tuple[T, Mapping[str, Any]]], what: str) -> T:
         what: was read, in words.
 
     Raises:
-        ConfigError: on every rank, if ``read`` failed on any (as in :func:`together`), or for the first setting that differs: it
-            says which rank has which value.
+        ConfigError: on every rank, if ``read`` failed on any (as in :func:`together`), or for the first setting that differs:
+            it says which rank has which value.
     """
     result, failure = _attempt(read)
     told = gather((_tell(failure), None if result is None else {k: _shown(v) for k, v in result[1].items()}))
@@ -132,7 +132,8 @@ def _compare(by_rank: list[Mapping[str, str]], what: str) -> None:
     if not different:
         return
     first, *others = different
-    told = ", ".join(f"{value} on rank{'s' if len(ranks) > 1 else ''} {_ranks(ranks)}" for value, ranks in different[first].items())
+    told = ", ".join(f"{value} on rank{'s' if len(ranks) > 1 else ''} {_ranks(ranks)}"
+                     for value, ranks in different[first].items())
     more = f"; also different: {', '.join(others)}" if others else ""
     raise ConfigError(first, Verbatim(told), f"every rank needs the same {what}{more}", "Give all ranks the same.")
 

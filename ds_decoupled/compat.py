@@ -27,7 +27,8 @@ from ds_decoupled.errors import ConfigError, RankError
 #: Private names by owner, for the test that they are still there.
 PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
-    PipelineEngine: ("_do_sanity_check", "_configure_distributed_model", "_configure_optimizer", "_configure_lr_scheduler", "_train_schedule", "_exec_schedule", "_next_batch",
+    PipelineEngine: ("_do_sanity_check", "_configure_distributed_model", "_configure_optimizer", "_configure_lr_scheduler",
+                     "_train_schedule", "_exec_schedule", "_next_batch",
                      "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
                      "_reduce_non_expert_gradients"),
 }
@@ -153,7 +154,8 @@ class GuardedPipelineEngine(PipelineEngine):
     def _asked_for(self, block: str, client: Any) -> Any:
         if client is not None:
             return getattr(client, "__qualname__", type(client).__qualname__)
-        names = {"optimizer": (self.optimizer_name, self.optimizer_params), "scheduler": (self.scheduler_name, self.scheduler_params)}
+        names = {"optimizer": (self.optimizer_name, self.optimizer_params),
+                 "scheduler": (self.scheduler_name, self.scheduler_params)}
         name, params = names[block]
         return {"type": name(), "params": params()}
 

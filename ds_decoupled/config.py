@@ -233,8 +233,8 @@ def _check(config: DecoupledConfig) -> None:
     check_choice(f"{BLOCK}.codec", config.codec, get_args(Codec))
     check_choice(f"{BLOCK}.losses", config.losses, ("sum", "farthest"))
     if not 1 <= config.queue <= MOST_QUEUE:
-        raise ConfigError(f"{BLOCK}.queue", config.queue, f"a number of micro-batches, from 1 to {MOST_QUEUE}: so many outputs of a "
-                          "stage may be kept until the next one takes them", "Leave it out for 8.")
+        raise ConfigError(f"{BLOCK}.queue", config.queue, f"a number of micro-batches, from 1 to {MOST_QUEUE}: so many "
+                          "outputs of a stage may be kept until the next one takes them", "Leave it out for 8.")
     if config.window is not None and config.window > MOST_STAGES:
         raise ConfigError(f"{BLOCK}.window", config.window, "at most the number of stages", "1 is greedy, 2 is overlapping.")
     if config.input_shape is not None and (not config.input_shape or min(config.input_shape) < 1
@@ -242,7 +242,8 @@ def _check(config: DecoupledConfig) -> None:
         raise ConfigError(f"{BLOCK}.input_shape", config.input_shape, "the sizes of one sample, each at least 1, "
                           f"of at most {MOST_NUMBERS} numbers in all", "For example [3, 32, 32], or [128] for 128 token ids.")
     if config.head_refresh < 1:
-        raise ConfigError(f"{BLOCK}.head_refresh", config.head_refresh, "a number of updates, at least 1", "Leave it out for 50.")
+        raise ConfigError(f"{BLOCK}.head_refresh", config.head_refresh, "a number of updates, at least 1",
+                          "Leave it out for 50.")
     if any(limit is not None and limit < 0 for limit in config.stop_after or ()):
         raise ConfigError(f"{BLOCK}.stop_after", config.stop_after, "a number of updates for each stage, 0 for a frozen one",
                           "null is for a stage that never stops.")
@@ -273,8 +274,8 @@ def _check(config: DecoupledConfig) -> None:
                           "from stage to stage, forward and backward",
                           "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
     if config.hops is not None and max(config.hops) > MOST_HOPS:
-        raise ConfigError(f"{BLOCK}.hops", list(config.hops), f"at most {MOST_HOPS} ticks from stage to stage: of J stages the first "
-                          "keeps (a+b)(J-1)+1 micro-batches, and its gradients are as old",
+        raise ConfigError(f"{BLOCK}.hops", list(config.hops), f"at most {MOST_HOPS} ticks from stage to stage: of J stages "
+                          "the first keeps (a+b)(J-1)+1 micro-batches, and its gradients are as old",
                           "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
     if config.lr_by_delay < 0:
         raise ConfigError(f"{BLOCK}.lr_by_delay", config.lr_by_delay, "0 (off) or the updates over which the damping fades",

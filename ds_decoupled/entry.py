@@ -21,6 +21,7 @@ from ds_decoupled.optim import client_from_json
 from ds_decoupled.settings.built import WITHOUT_RATE, check_scheduler
 from ds_decoupled.settings.check import as_deepspeed_reads_it, check_settings, comparable
 from ds_decoupled.settings.table import batch_sizes
+from ds_decoupled.settings.unsupported import check_checkpoint_interval
 
 
 def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
@@ -32,8 +33,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     Without a ``decoupled`` block in the configuration it is exactly that. With one, ``model`` must be a
     :class:`~ds_decoupled.DecoupledPipelineModule` or a plain ``PipelineModule``, and the engine is a
     :class:`~ds_decoupled.DecoupledPipelineEngine`; but ``"method": "backprop"`` is 1F1B and is left to DeepSpeed's own engine.
-    The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`), and DeepSpeed's own settings are
-    checked before it sees them (:mod:`ds_decoupled.settings`).
+    The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`), and DeepSpeed's own settings
+    are checked before it sees them (:mod:`ds_decoupled.settings`).
 
     Raises:
         ConfigError: for settings that cannot work, or that differ between ranks; on every rank.
@@ -67,8 +68,8 @@ Setup = tuple[dict[str, Any], DecoupledConfig]
 
 
 def _read(given: Mapping[str, Any]) -> tuple[Setup | None, dict[str, Any]]:
-    """The configuration and its block, checked as far as one rank can by itself, and what must be the same on all ranks; None and
-    nothing where there is no block."""
+    """The configuration and its block, checked as far as one rank can by itself, and what must be the same on all ranks; None
+    and nothing where there is no block."""
     source = next((s for s in (given["config"], given["config_params"], *_of_args(given["args"])) if s is not None), None)
     config = read_json(source) if source is not None else {}
     block = block_of(config)
@@ -137,15 +138,12 @@ def _check_stage_schedulers(block: DecoupledConfig) -> None:
 def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule) -> None:
     """Refuse what the decoupled engine cannot do, before anything is built."""
     axes = block.axes()
-    if model.activation_checkpoint_interval:
-        raise ConfigError("activation_checkpoint_interval", model.activation_checkpoint_interval, "what a stage keeps for its "
-                          "backward pass is the method's business, and a decoupled engine checkpoints nothing beside it",
-                          'Leave it out of the module, and take "recover": "input" (as "method": "dsp" does).')
+    check_checkpoint_interval(model.activation_checkpoint_interval)
     rate_free = (config.get("optimizer") or {}).get("type") in WITHOUT_RATE
     for name in ("stage_lr", "lr_by_delay"):
         if rate_free and getattr(block, name):
-            raise ConfigError(f"{BLOCK}.{name}", getattr(block, name), f"{config['optimizer']['type']} does not step in proportion "
-                              "to its learning rate", "Leave it out, or take another optimizer.")
+            raise ConfigError(f"{BLOCK}.{name}", getattr(block, name), f"{config['optimizer']['type']} does not step in "
+                              "proportion to its learning rate", "Leave it out, or take another optimizer.")
     tied = compat.tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "

@@ -20,6 +20,7 @@ from ds_decoupled.profile import HeadMaker, layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
 from ds_decoupled.settings.check import check_settings, comparable
 from ds_decoupled.settings.reading import Source
+from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Tensors
@@ -66,13 +67,12 @@ def _read(config: Source | None, arguments: dict[str, Any]) -> tuple[DecoupledCo
     decoupled = not given.is_plain_backprop
     if config is not None:
         check_settings(settings, decoupled)
-    if decoupled and arguments["activation_checkpoint_interval"]:
-        raise ConfigError("activation_checkpoint_interval", arguments["activation_checkpoint_interval"], "what a stage keeps for its "
-                          "backward pass is the method's business, and a decoupled engine checkpoints nothing beside it",
-                          'Leave it out, and take "recover": "input" (as "method": "dsp" does).')
+    if decoupled:
+        check_checkpoint_interval(arguments["activation_checkpoint_interval"])
     ranks, world = arguments["num_stages"], torch.distributed.get_world_size()
     if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1 or world % ranks):
-        raise ConfigError("num_stages", ranks, f"the number of pipe ranks (P) divides the number of processes, which is {world}",
+        raise ConfigError("num_stages", ranks, "the number of pipe ranks (P) divides the number of processes, which is "
+                          f"{world}",
                           "Leave it out for one pipe rank a process.")
     return given, arguments | comparable(settings, block)
 
@@ -86,8 +86,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
         layers: as for ``PipelineModule``: ``LayerSpec``s, modules or functions; each takes and returns a tensor or a
             tuple of tensors. Layers from a ``LayerSpec`` get the same initial weights for every number of ranks.
         num_stages: P, the ranks of the pipe axis (DeepSpeed's name); by default the world size.
-        config: the DeepSpeed configuration (a path, a dictionary, or what else DeepSpeed takes); its ``decoupled`` block says ``stages`` and
-            ``partition``.
+        config: the DeepSpeed configuration (a path, a dictionary, or what else DeepSpeed takes); its ``decoupled`` block says
+            ``stages`` and ``partition``.
         stages: overrides the block's ``stages``.
         partition: overrides the block's ``partition``; ``partition_method`` is its name in DeepSpeed and works too.
         sample_input: an input of the first layer, needed by ``"partition": "profile"``.

@@ -26,7 +26,6 @@ from ds_decoupled.errors import ConfigError, RankError
 from ds_decoupled.settings.check import check_settings
 from ds_decoupled.settings.table import batch_sizes as batch_sizes
 
-
 T = TypeVar("T")
 
 
@@ -105,8 +104,8 @@ def pipe_position(pipe_ranks: int | None) -> tuple[int, int, int, int]:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """A DeepSpeed configuration in any form that DeepSpeed takes, looked at before any data are; a peak rate of ``"auto"`` is filled
-    in later."""
+    """A DeepSpeed configuration in any form that DeepSpeed takes, looked at before any data are; a peak rate of ``"auto"`` is
+    filled in later."""
     if path is None:
         raise ConfigError("--deepspeed_config", path, "a DeepSpeed JSON file is needed", "See ds_configs/")
     try:

@@ -94,7 +94,7 @@ def serve(pipes: list[Any]) -> None:
 
     deepspeed.init_distributed()
     pipe = pipes[int(os.environ["RANK"])]
-    pipe.send("ready")
+    pipe.send(ds_decoupled.__file__)
     with tempfile.TemporaryDirectory() as folder:
         while True:
             case = CASES[pipe.recv()]

@@ -1,4 +1,7 @@
-"""DeepSpeed's own settings: read, and checked before DeepSpeed sees them. Light to import: DeepSpeed is loaded where it is asked."""
+"""DeepSpeed's own settings: read, and checked before DeepSpeed sees them.
+
+Light to import: DeepSpeed is loaded where it is asked.
+"""
 
 from ds_decoupled.settings.kinds import check_choice
 from ds_decoupled.settings.reading import read_json

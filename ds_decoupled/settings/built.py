@@ -1,7 +1,8 @@
-"""``optimizer`` and ``scheduler``: what they name is built once for a tensor of two numbers, before DeepSpeed builds it for all.
+"""``optimizer`` and ``scheduler``: what they name is built once for a tensor of two numbers, before DeepSpeed builds it for
+all.
 
-What a constructor refuses (``momentun``, a rate in quotes or below 0) is then a setting's mistake with the setting's name, on every
-rank, and not a traceback on those ranks that have parameters.
+What a constructor refuses (``momentun``, a rate in quotes or below 0) is then a setting's mistake with the setting's name, on
+every rank, and not a traceback on those ranks that have parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from deepspeed.runtime import lr_schedules
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.settings.kinds import AUTO, WITHOUT_QUOTES, Check, flag, listing, near, number, one_of, optional
@@ -37,7 +38,8 @@ OWN: dict[str, dict[str, Check]] = {
     "lamb": {"lr": _lr, "betas": _betas, "eps": number(0), "weight_decay": number(0), "bias_correction": flag, "amsgrad": flag,
              "eps_inside_sqrt": flag, "max_grad_norm": number(0), "max_coeff": number(0), "min_coeff": number(0)},
     "muon": {"lr": _lr, "muon_lr": _lr, "adam_lr": _lr, "momentum": number(0, 1), "weight_decay": number(0),
-             "ns_method": one_of("gram", "standard"), "betas": _betas, "eps": number(0), "adam_w_mode": flag, "torch_adam": flag,
+             "ns_method": one_of("gram", "standard"), "betas": _betas, "eps": number(0), "adam_w_mode": flag,
+             "torch_adam": flag,
              "fp32_optimizer_states": flag, "foreach": optional(flag), "per_head_muon": flag},
 }
 #: Of the "mup" package; they take what torch's take.
@@ -50,11 +52,11 @@ WITHOUT_RATE = ("Rprop",)
 def torch_optimizers() -> tuple[str, ...]:
     """Names of torch's optimizers."""
     return tuple(sorted(name for name, kind in vars(torch.optim).items()
-                        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer))
+                        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer))
 
 
 def schedulers() -> dict[str, Callable[..., Any]]:
-    """LR schedulers by name: DeepSpeed's first, then torch's, as ``_scheduler_from_config`` (runtime/engine.py) looks them up."""
+    """LR schedulers by name: DeepSpeed's first, then torch's, as in ``_scheduler_from_config`` (runtime/engine.py)."""
     base = lr_scheduler.LRScheduler
     torchs = {name: kind for name, kind in vars(lr_scheduler).items()
               if isinstance(kind, type) and issubclass(kind, base) and kind is not base and not name.startswith("_")}
@@ -130,6 +132,9 @@ def _refuse_auto(setting: str, params: Mapping[str, Any]) -> None:
             raise ConfigError(f"{setting}.params.{key}", value, "a value is needed", AUTO)
 
 
+_MANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
 def _parameters_of(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What its constructor takes beside the first argument."""
     return dict(list(inspect.signature(kind).parameters.items())[1:])
@@ -143,13 +148,12 @@ def check_signature(setting: str, name: str, kind: Callable[..., Any], params: M
     except (TypeError, ValueError):  # no signature to be had
         return
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-    named = tuple(key for key, p in taken.items() if p.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL))
+    named = tuple(key for key, p in taken.items() if p.kind not in _MANY)
     for key, value in params.items():
         if key not in named and not any_name:
             raise _no_parameter(setting, name, key, value, (*named, *extra))
     for key, p in taken.items():
-        needed = p.default is inspect.Parameter.empty and p.kind not in (inspect.Parameter.VAR_KEYWORD,
-                                                                         inspect.Parameter.VAR_POSITIONAL)
+        needed = p.default is inspect.Parameter.empty and p.kind not in _MANY
         if needed and key not in params:
             raise ConfigError(f"{setting}.params.{key}", None, f"{name} needs it", "Set it.")
 
@@ -215,8 +219,9 @@ def check_scheduler(block: Mapping[str, Any], setting: str = "scheduler") -> Non
     kind, params = type_and_params(setting, block, SCHEDULER_EXAMPLE)
     known = schedulers()
     if kind not in known:
-        raise ConfigError(f"{setting}.type", kind, "neither DeepSpeed nor torch has an LR scheduler of this name; DeepSpeed has "
-                          f"{', '.join(lr_schedules.VALID_LR_SCHEDULES)}", near(kind, known, "Is it spelled right?"))
+        raise ConfigError(f"{setting}.type", kind, "neither DeepSpeed nor torch has an LR scheduler of this name; "
+                          f"DeepSpeed has {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
+                          near(kind, known, "Is it spelled right?"))
     if "params" not in block:
         raise ConfigError(f"{setting}.params", None, "DeepSpeed needs the object, even if it is empty", 'Add "params": {}.')
     _refuse_auto(setting, params)

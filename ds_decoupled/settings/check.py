@@ -1,7 +1,7 @@
 """All of DeepSpeed's own settings, looked at before DeepSpeed sees them.
 
-Three nets, each finer than what DeepSpeed says itself: the tables of this folder; what ``optimizer`` and ``scheduler`` build; and,
-for what is in no table, DeepSpeed's own reading of the configuration, whose raw errors are given the name of a setting.
+Three nets, each finer than what DeepSpeed says itself: the tables of this folder; what ``optimizer`` and ``scheduler`` build;
+and, for what is in no table, DeepSpeed's own reading of the configuration, whose raw errors are given the name of a setting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ds_decoupled.settings.table import check_table
 from ds_decoupled.settings.unsupported import check_supported
 
 #: Packages that a monitor imports when DeepSpeed makes it, which it does on rank 0 alone (``deepspeed/monitor``).
-MONITORS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "comet": ("comet_ml", "comet_ml")}
+MONITORS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"),
+            "comet": ("comet_ml", "comet_ml")}
 
 
 def check_settings(config: Mapping[str, Any], decoupled: bool) -> None:
@@ -45,8 +46,8 @@ def check_settings(config: Mapping[str, Any], decoupled: bool) -> None:
     _check_monitors(config)
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage >= 2:
-        raise ConfigError("zero_optimization.stage", stage, "0 and 1 work with pipelines: higher stages partition gradients that a "
-                          "pipeline accumulates", "Take stage 1.")
+        raise ConfigError("zero_optimization.stage", stage, "0 and 1 work with pipelines: higher stages partition gradients "
+                          "that a pipeline accumulates", "Take stage 1.")
     if decoupled:
         check_supported(config)
     _check_precision(config)
@@ -109,8 +110,8 @@ def as_deepspeed_reads_it(config: dict[str, Any], mpu: Any) -> None:
             if key not in sizes and _raises({name: config[name] for name in (*sizes, key) if name in config}, mpu):
                 raise ConfigError(key, config[key], f"DeepSpeed does not take it ({type(error).__name__}: {error})",
                                   "See https://www.deepspeed.ai/docs/config-json/.") from error
-        raise ConfigError("deepspeed_config", sorted(config), f"DeepSpeed does not take these together ({type(error).__name__}: "
-                          f"{error})", "See https://www.deepspeed.ai/docs/config-json/.") from error
+        raise ConfigError("deepspeed_config", sorted(config), "DeepSpeed does not take these together "
+                          f"({type(error).__name__}: {error})", "See https://www.deepspeed.ai/docs/config-json/.") from error
 
 
 def _read(config: dict[str, Any], mpu: Any) -> None:
@@ -134,4 +135,5 @@ OF_A_RANK = ("tensorboard", "wandb", "csv_monitor", "comet", "log_level", "dump_
 def comparable(config: Mapping[str, Any], block: DecoupledConfig | None) -> dict[str, Any]:
     """What must be the same on every rank, by name."""
     shared = {key: value for key, value in config.items() if key not in (*OF_A_RANK, BLOCK) and not key.startswith("_")}
-    return flat(shared) | ({f"{BLOCK}.{name}": value for name, value in block.model_dump().items()} if block is not None else {})
+    own = {f"{BLOCK}.{name}": value for name, value in block.model_dump().items()} if block is not None else {}
+    return flat(shared) | own

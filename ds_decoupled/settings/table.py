@@ -1,8 +1,8 @@
 """Every setting that DeepSpeed 0.19.8 reads at the top of its JSON, and what may stand there.
 
-Names and defaults: ``deepspeed/runtime/constants.py`` and the modules that ``deepspeed/runtime/config.py`` calls. Blocks for which
-DeepSpeed has pydantic models are checked by these (:mod:`ds_decoupled.settings.models`), ``optimizer`` and ``scheduler`` by what
-they build (:mod:`ds_decoupled.settings.built`); here they are objects and no more.
+Names and defaults: ``deepspeed/runtime/constants.py`` and the modules that ``deepspeed/runtime/config.py`` calls. Blocks for
+which DeepSpeed has pydantic models are checked by these (:mod:`ds_decoupled.settings.models`), ``optimizer`` and ``scheduler``
+by what they build (:mod:`ds_decoupled.settings.built`); here they are objects and no more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SETTINGS: dict[str, Check] = {
     "train_micro_batch_size_per_gpu": optional(whole(1, MOST_MICRO_BATCH, "samples of one forward pass")),
     "gradient_accumulation_steps": optional(_k),
     "managed_gradient_accumulation": flag,
-    "steps_per_print": optional(whole(1, why="updates from line to line", hint="Leave it out, or give null, to print nothing.")),
+    "steps_per_print": optional(whole(1, why="updates from line to line",
+                                      hint="Leave it out, or give null, to print nothing.")),
     "dump_state": flag,
     "disable_python_gc": flag,
     "disable_allgather": flag,
@@ -62,11 +63,13 @@ SETTINGS: dict[str, Check] = {
     "bfloat16": block(),
     "torch_autocast": block({"enabled": flag, "dtype": text, "lower_precision_safe_modules": listing(text, "names of modules")},
                             '{"enabled": true, "dtype": "bfloat16"}'),
-    "data_types": block({"grad_accum_dtype": optional(_dtype), "param_dtype": optional(_dtype), "buffer_dtype": optional(_dtype),
+    "data_types": block({"grad_accum_dtype": optional(_dtype), "param_dtype": optional(_dtype),
+                         "buffer_dtype": optional(_dtype),
                          "keep_in_fp32_modules": anything}, '{"grad_accum_dtype": "fp32"}'),
     "activation_checkpointing": block({
         "partition_activations": flag, "number_checkpoints": optional(whole(1)), "contiguous_memory_optimization": flag,
-        "synchronize_checkpoint_boundary": flag, "profile": flag, "cpu_checkpointing": flag}, '{"partition_activations": true}'),
+        "synchronize_checkpoint_boundary": flag, "profile": flag, "cpu_checkpointing": flag},
+        '{"partition_activations": true}'),
     "pipeline": block({
         "stages": anything, "partition": anything, "seed_layers": flag, "activation_checkpoint_interval": whole(0),
         "pipe_partitioned": flag, "grad_partitioned": flag, "use_reentrant": flag}, '{"use_reentrant": false}'),
@@ -85,7 +88,8 @@ SETTINGS: dict[str, Check] = {
     "hybrid_engine": block(),
     "data_efficiency": block(),
     "checkpoint": block({
-        "tag_validation": one_of("ignore", "warn", "fail", any_case=True), "load_universal": flag, "use_node_local_storage": flag,
+        "tag_validation": one_of("ignore", "warn", "fail", any_case=True), "load_universal": flag,
+        "use_node_local_storage": flag,
         "parallel_write": block({"pipeline_stage": flag}, '{"pipeline_stage": true}'), "checkpoint_serialization": flag,
         "writer": block()}, '{"tag_validation": "Warn"}'),
     "aio": block(example='{"block_size": 1048576}'),
@@ -117,7 +121,8 @@ def check_table(config: Mapping[str, Any]) -> None:
     given = {key: value for key, value in config.items() if not (isinstance(key, str) and key.startswith("_"))}
     for key in REMOVED:
         if key in given:
-            raise ConfigError(key, given[key], "DeepSpeed has removed it and refuses configurations that have it", "Leave it out.")
+            raise ConfigError(key, given[key], "DeepSpeed has removed it and refuses configurations that have it",
+                              "Leave it out.")
     _check_names(given)
     for key, value in given.items():
         SETTINGS[key](key, value)
@@ -144,7 +149,8 @@ def batch_sizes(config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
         SETTINGS[name](name, config.get(name))
     total, micro, k = (config.get(name) for name in names)
     if micro is None and total is None:
-        raise ConfigError(names[1], None, f'a micro-batch size is needed, here or by "{names[0]}"', "Set it in the DeepSpeed JSON.")
+        raise ConfigError(names[1], None, f'a micro-batch size is needed, here or by "{names[0]}"',
+                          "Set it in the DeepSpeed JSON.")
     if micro is None:
         k = k or 1
         micro = (total or 0) // (k * replicas)

@@ -1,7 +1,7 @@
 """Settings of DeepSpeed that its own engine heeds and a decoupled one would not: refused by name, with the reason.
 
-``docs/deepspeed_settings.md`` is the same as a table. With ``"method": "backprop"`` the engine is DeepSpeed's own, and all of them
-work as there.
+``docs/deepspeed_settings.md`` is the same as a table. With ``"method": "backprop"`` the engine is DeepSpeed's own, and all of
+them work as there.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ ZERO_1 = frozenset({"stage", "contiguous_gradients", "reduce_scatter", "reduce_b
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("pipeline.activation_checkpoint_interval", (0,), "what a stage keeps for its backward pass is the method's "
-                'business', 'Take "recover": "input" (as "method": "dsp" does): inputs are kept, and the forward pass runs again.'),
-    Unsupported("fp16.enabled", OFF, "the loss scale of a delayed gradient is not the one in force when it arrives, and stages that "
-                "step on their own agree on no common one", 'Take "bf16" or float32.'),
+                'business', 'Take "recover": "input" (as "method": "dsp" does): inputs are kept, and the forward pass runs '
+                'again.'),
+    Unsupported("fp16.enabled", OFF, "the loss scale of a delayed gradient is not the one in force when it arrives, and "
+                "stages that step on their own agree on no common one", 'Take "bf16" or float32.'),
     Unsupported("pipeline.stages", ("auto",), "DeepSpeed does not read it", 'Set "stages" in the "decoupled" block.'),
     Unsupported("pipeline.partition", ("best",), "DeepSpeed does not read it", 'Set "partition" in the "decoupled" block.'),
     Unsupported("pipeline.seed_layers", OFF, "DeepSpeed does not read it", "Give the module seed_layers=True."),
@@ -65,7 +66,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
                 'Take "recover": "reconstruct", which keeps nothing, or leave it out.'),
     Unsupported("flops_profiler.enabled", OFF, "it counts inside the whole model's forward(), which stages do not call",
                 'Take "wall_clock_breakdown": true for the time of each kind of action, or "method": "backprop".'),
-    Unsupported("memory_breakdown", OFF, "it reports around the whole model's forward, backward and step, which stages do not call",
+    Unsupported("memory_breakdown", OFF, "it reports around the whole model's forward, backward and step, which stages do not "
+                "call",
                 "Leave it out and read decoupled_summary()."),
     Unsupported("timers", ({},), "samples a second are counted by the engine itself, without synchronizing the device",
                 "Leave it out."),
@@ -94,9 +96,10 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("bf16.bf16_optimizer_states", OFF, "stages step in float32", "Leave it out."),
     Unsupported("checkpoint.load_universal", OFF, "a decoupled checkpoint loads on any number of pipe ranks as it is",
                 "Leave it out."),
-    Unsupported("checkpoint.use_node_local_storage", OFF, "every stage's file goes into one folder", "Save where all ranks write."),
-    Unsupported("checkpoint.tag_validation", ("warn", "Warn", "WARN", "fail", "Fail", "FAIL", None), "a tag that differs between "
-                "ranks is always an error", 'Leave it out, or give "Fail".'),
+    Unsupported("checkpoint.use_node_local_storage", OFF, "every stage's file goes into one folder",
+                "Save where all ranks write."),
+    Unsupported("checkpoint.tag_validation", ("warn", "Warn", "WARN", "fail", "Fail", "FAIL", None),
+                "a tag that differs between ranks is always an error", 'Leave it out, or give "Fail".'),
     Unsupported("checkpoint.writer", (None,), "stages write their files themselves"),
     Unsupported("checkpoint.checkpoint_serialization", (True, None), "stages write their files themselves"),
     Unsupported("datastates_ckpt", OFF, "stages write their files themselves"),
@@ -113,6 +116,14 @@ def check_supported(config: Mapping[str, Any]) -> None:
         if found and not any(type(value) is type(h) and value == h for h in entry.harmless):
             raise ConfigError(entry.path, value, f"a decoupled engine does not heed it: {entry.why}", entry.instead)
     _check_zero(config)
+
+
+def check_checkpoint_interval(interval: int) -> None:
+    """A module's ``activation_checkpoint_interval``. Raises :class:`ConfigError` if it asks for anything."""
+    if interval:
+        raise ConfigError("activation_checkpoint_interval", interval, "what a stage keeps for its backward pass is the "
+                          "method's business, and a decoupled engine checkpoints nothing beside it",
+                          'Leave it out of the module, and take "recover": "input" (as "method": "dsp" does).')
 
 
 def lookup(config: Mapping[str, Any], path: str) -> tuple[bool, Any]:
