@@ -3,9 +3,9 @@
     python tests/wrong_settings.py                                  # this tree
     cd OTHER_TREE && PYTHONPATH=$PWD python THIS_TREE/tests/wrong_settings.py         # another one, with the cases of this
 
-A case is right if within 10 s every rank raises ``ConfigError`` whose text names the setting, shows the value, says what is allowed
-and what to do. Only the package's public interface is used. A world of ranks tries cases in turn for as long as they are right; one
-that falls short leaves nothing behind that could be trusted, and the next case gets new ranks.
+A case is right if within 10 s every rank raises ``ConfigError`` whose text names the setting, shows the value, says what is
+allowed and what to do. Only the package's public interface is used. A world of ranks tries cases in turn for as long as they
+are right; one that falls short leaves nothing behind that could be trusted, and the next case gets new ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import conftest  # noqa: F401  (threads, device, extensions)
-import wrong_ranks
 import worlds
+import wrong_ranks
 from wrong_cases import CASES, GROUPS, Wrong
 
 SECONDS = 10.0
@@ -101,7 +101,8 @@ def run(groups: dict[str, list[Wrong]], show: Callable[[str], None] = print) -> 
     for group, members in groups.items():
         for case in members:
             answers = world.attempt(CASES.index(case))
-            faults = [f"rank {r}: {fault}" for r, (said, seconds) in enumerate(answers) if (fault := judge(case, said, seconds))]
+            faults = [f"rank {r}: {fault}" for r, (said, seconds) in enumerate(answers) if (fault := judge(case, said,
+                                                                                                           seconds))]
             told = (answers[0][0] or "").splitlines()[:1]
             row = [group, case.name, f"{max(s for _, s in answers):.1f} s", *(told or [""]), "; ".join(faults)]
             show("| " + " | ".join(cell.replace("|", "/")[:400] for cell in row) + " |")
