@@ -1,7 +1,7 @@
 """Wrong settings and inputs, one a row, for ``wrong_settings.py``; ranks build a small pipeline with each.
 
-A row names the setting that the message must name, what is changed in a configuration that works, and, where the message must show
-something else than what was set, that.
+A row names the setting that the message must name, what is changed in a configuration that works, and, where the message must
+show something else than what was set, that.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ SCHEDULERS = [
 
 IGNORED = [Wrong(path, {path: value}) for path, value in (
     ("zero_optimization.stage", 2), ("zero_optimization.stage", 3), ("fp16.enabled", True),
-    ("pipeline.activation_checkpoint_interval", 1), ("pipeline.stages", 4), ("activation_checkpointing.cpu_checkpointing", True),
+    ("pipeline.activation_checkpoint_interval", 1), ("pipeline.stages", 4),
+    ("activation_checkpointing.cpu_checkpointing", True),
     ("activation_checkpointing.partition_activations", True), ("flops_profiler.enabled", True), ("memory_breakdown", True),
     ("compile.deepcompile", True), ("timers.throughput.enabled", False), ("comms_logger.enabled", True),
     ("autotuning.enabled", True), ("hybrid_engine.enabled", True), ("data_efficiency.enabled", True),
@@ -211,7 +212,8 @@ IGNORED += [Wrong(f"zero_optimization.{key}", {"zero_optimization": {"stage": 1,
 IGNORED += [Wrong("activation_checkpoint_interval", call="activation_checkpoint_interval=1", shows="1")]
 
 DECOUPLED = [Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
-    ("method", "perta"), ("method", 3), ("stages", 0), ("stages", "block"), ("stages", 10**9), ("stages", [0, 3]), ("stages", 1),
+    ("method", "perta"), ("method", 3), ("stages", 0), ("stages", "block"), ("stages", 10**9), ("stages", [0, 3]),
+    ("stages", 1),
     ("stages", 2.5), ("hops", [10**9, 10**9]), ("hops", [1, 10**9]), ("hops", [1]), ("hops", ["1", "1"]), ("queue", 0),
     ("queue", 10**9), ("window", 2), ("partition", [0, 3]), ("partition", "size"), ("timeout", 0), ("timeout", INF),
     ("timeout", "600"), ("stage_lr", [1.0]), ("stage_lr", [-1.0] * 7), ("stage_lr", [NAN] * 7), ("track_gradients", "1"),

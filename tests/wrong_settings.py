@@ -59,7 +59,10 @@ class World:
 
     def ready(self, seconds: float = 20) -> bool:
         """Whether all ranks have met."""
-        answers = [pipe.recv() if pipe.poll(seconds) else None for pipe in self.pipes]
+        try:
+            answers = [pipe.recv() if pipe.poll(seconds) else None for pipe in self.pipes]
+        except EOFError:  # a rank has died
+            return False
         self.package = answers[0]
         return None not in answers
 
