@@ -30,7 +30,7 @@ def hint_for(value: Any, otherwise: str = "") -> str:
 
 def whole(least: int, most: int | None = None, why: str = "", hint: str = "") -> Check:
     """A whole number from ``least`` to ``most``; ``why`` says where the bound comes from."""
-    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    bounds = f"at least {least}" if most is None else f"at least {least} and at most {most}"
     allowed = f"a whole number, {bounds}" + (f": {why}" if why else "")
 
     def check(setting: str, value: Any) -> None:
