@@ -158,7 +158,8 @@ def batch_sizes(config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
         k = 1 if total is None else total // (micro * replicas)
     if total is not None and (micro * k * replicas != total or not micro or not k):
         given = " x ".join("?" if config.get(name) is None else str(config[name]) for name in names[1:])
-        raise ConfigError(names[0], total, "train_micro_batch_size_per_gpu x gradient_accumulation_steps x replicas = "
+        raise ConfigError(names[0], total, "it is micro-batch x k x replicas: train_micro_batch_size_per_gpu x "
+                                           "gradient_accumulation_steps x replicas = "
                           f"{given} x {replicas} must make it up", "Leave one of the three out, or mend it.")
     if total is not None:
         _k("gradient_accumulation_steps", k)
