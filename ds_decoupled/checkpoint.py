@@ -91,6 +91,7 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         if saved != here:
             raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
                              "flight fits only the same ones; load_module_only=True loads the weights alone.")
+    engine.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
     replica = engine.mpu.get_data_parallel_rank()
     for index, stage in engine.stages.items():
@@ -100,7 +101,6 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         stage.load_state_dict(saved["stage"])
         for kind, messages in saved["pending"].items():
             pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
-    engine.seeds.base = state["seed"]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     engine._first_micro_batch, engine._fed, engine._tick = state["run"]
     engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)

@@ -23,12 +23,14 @@ from deepspeed.runtime.utils import set_random_seed
 from torch import Tensor
 from torch.compiler import set_stance
 
-from ds_decoupled.errors import ConfigError
+from ds_decoupled.collectives import gather, together
+from ds_decoupled.errors import ConfigError, RankError
 
 #: Private names by owner, for the test that they are still there.
 PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
-    PipelineEngine: ("_configure_optimizer", "_configure_lr_scheduler", "_train_schedule", "_exec_schedule", "_next_batch",
+    PipelineEngine: ("_do_sanity_check", "_configure_distributed_model", "_configure_optimizer", "_configure_lr_scheduler",
+                     "_train_schedule", "_exec_schedule", "_next_batch",
                      "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
                      "_reduce_non_expert_gradients"),
 }
@@ -53,9 +55,12 @@ class PipelineModuleBase(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         wait_for_all()  # the grid has made its groups
-        self.parts = self.rank_layer_bounds()
+        self.parts = together(self.rank_layer_bounds)
         rank = self.pipe_rank
         self._set_bounds(start=self.parts[rank], stop=self.parts[rank + 1])
+
+    def _build(self) -> None:
+        together(super()._build)  # a layer that cannot be built is one rank's alone
 
     @property
     def pipe_rank(self) -> int:
@@ -167,7 +172,62 @@ def engine_class(factory: Any) -> Iterator[None]:
         deepspeed.PipelineEngine = original
 
 
-class PipelineEngineBase(PipelineEngine):
+class GuardedPipelineEngine(PipelineEngine):
+    """A ``PipelineEngine`` that is made on all ranks or on none: what one cannot do while it is made, all raise.
+
+    Between two of these steps DeepSpeed makes collective calls, where the others would wait for a rank that has left.
+    """
+
+    def _do_sanity_check(self) -> None:
+        """DeepSpeed looks at what was set, on this device."""
+        together(lambda: _naming("deepspeed_config", "the settings", super(GuardedPipelineEngine, self)._do_sanity_check))
+
+    def _configure_distributed_model(self, model: Any) -> None:
+        together(lambda: super(GuardedPipelineEngine, self)._configure_distributed_model(model))
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        together(lambda: self.make_optimizer(client_optimizer, model_parameters))
+
+    def _configure_lr_scheduler(self) -> None:
+        together(self.make_lr_scheduler)
+
+    def make_optimizer(self, client_optimizer: Any, parameters: list[Any]) -> None:
+        """DeepSpeed's own; ``ConfigError`` in place of what it raises."""
+        _naming("optimizer", self._asked_for("optimizer", client_optimizer),
+                lambda: super(GuardedPipelineEngine, self)._configure_optimizer(client_optimizer, parameters))
+
+    def make_lr_scheduler(self) -> None:
+        """DeepSpeed's own; ``ConfigError`` in place of what it raises."""
+        _naming("scheduler", self._asked_for("scheduler", self.client_lr_scheduler),
+                super()._configure_lr_scheduler)
+
+    def _asked_for(self, block: str, client: Any) -> Any:
+        if client is not None:
+            return getattr(client, "__qualname__", type(client).__qualname__)
+        names = {"optimizer": (self.optimizer_name, self.optimizer_params),
+                 "scheduler": (self.scheduler_name, self.scheduler_params)}
+        name, params = names[block]
+        return {"type": name(), "params": params()}
+
+
+def _naming(setting: str, value: Any, action: Callable[[], Any]) -> None:
+    """``action``, whose raw errors get the name and the value of the setting that they come from."""
+    try:
+        action()
+    except (ConfigError, RankError):
+        raise
+    except Exception as error:
+        raise ConfigError(setting, value, f"DeepSpeed cannot work with it here ({type(error).__name__}: {error})",
+                          "See https://www.deepspeed.ai/docs/config-json/.") from error
+
+
+def as_deepspeeds_own(engine: GuardedPipelineEngine) -> PipelineEngine:
+    """The engine, once it is made: DeepSpeed's own class, and nothing of ours."""
+    engine.__class__ = PipelineEngine
+    return engine
+
+
+class PipelineEngineBase(GuardedPipelineEngine):
     """A ``PipelineEngine`` with public hooks in place of the private ones."""
 
     #: Instruction types to functions of ``(engine, **kwargs)``.
@@ -188,7 +248,7 @@ class PipelineEngineBase(PipelineEngine):
 
     def build_optimizer(self, client_optimizer: Any, parameters: list[Any]) -> tuple[Any, Any]:
         """DeepSpeed's wrapped optimizer and the basic one inside, for ``parameters`` (or groups of them)."""
-        super()._configure_optimizer(client_optimizer, parameters)
+        self.make_optimizer(client_optimizer, parameters)
         return self.optimizer, self.basic_optimizer
 
     def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
@@ -202,7 +262,7 @@ class PipelineEngineBase(PipelineEngine):
             if block is not None:
                 self.client_lr_scheduler = None
                 config.scheduler_name, config.scheduler_params = block["type"], block.get("params", {})
-            super()._configure_lr_scheduler()
+            self.make_lr_scheduler()
         finally:
             self.client_lr_scheduler = client
             config.scheduler_name, config.scheduler_params = usual
@@ -316,11 +376,7 @@ def from_first_rank(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+gather_objects = gather
 
 
 def load_optimizer(optimizer: Any, state: Any) -> None:

@@ -6,16 +6,18 @@ Axes(gradient='global', recover='reconstruct', weights='current', update='delaye
 
 from __future__ import annotations
 
-import difflib
-import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.settings import check_choice, read_json
+from ds_decoupled.settings.reading import Source
+from ds_decoupled.settings.table import BLOCK
 
 Gradient = Literal["global", "local"]
 Recover = Literal["graph", "input", "reconstruct"]
@@ -24,7 +26,12 @@ Update = Literal["flush", "delayed"]
 Input = Literal["stream"]
 Codec = Literal["none", "bf16"]
 
-BLOCK = "decoupled"
+#: Bounds of what makes sense. A stage keeps up to ``(a+b)(J-1)+1`` micro-batches, and needs a layer of its own.
+MOST_HOPS = 1_000
+MOST_STAGES = 10_000
+MOST_QUEUE = 100_000
+MOST_NUMBERS = 2**31  # of one sample
+YEAR = 31_536_000  # seconds
 
 
 @dataclass(frozen=True)
@@ -210,14 +217,6 @@ class DecoupledConfig(BaseModel):
         return self.axes() == PRESETS["backprop"]
 
 
-def _choice(setting: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(value, allowed, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "Take one of these, or leave the setting out."
-    raise ConfigError(setting, value, f"allowed are {', '.join(map(repr, allowed))}", hint)
-
-
 def check_bounds(setting: str, value: list[int]) -> None:
     """A list of bounds starts at 0 and grows. Raises :class:`ConfigError` if it does not."""
     if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
@@ -226,17 +225,25 @@ def check_bounds(setting: str, value: list[int]) -> None:
 
 
 def _check(config: DecoupledConfig) -> None:
-    _choice(f"{BLOCK}.method", config.method, tuple(PRESETS))
+    check_choice(f"{BLOCK}.method", config.method, tuple(PRESETS))
     for name, allowed in AXES.items():
         value = getattr(config, name)
         if value is not None:
-            _choice(f"{BLOCK}.{name}", value, allowed)
-    _choice(f"{BLOCK}.codec", config.codec, get_args(Codec))
-    _choice(f"{BLOCK}.losses", config.losses, ("sum", "farthest"))
-    if config.queue < 1:
-        raise ConfigError(f"{BLOCK}.queue", config.queue, "a number of micro-batches, at least 1")
+            check_choice(f"{BLOCK}.{name}", value, allowed)
+    check_choice(f"{BLOCK}.codec", config.codec, get_args(Codec))
+    check_choice(f"{BLOCK}.losses", config.losses, ("sum", "farthest"))
+    if not 1 <= config.queue <= MOST_QUEUE:
+        raise ConfigError(f"{BLOCK}.queue", config.queue, f"a number of micro-batches, from 1 to {MOST_QUEUE}: so many "
+                          "outputs of a stage may be kept until the next one takes them", "Leave it out for 8.")
+    if config.window is not None and config.window > MOST_STAGES:
+        raise ConfigError(f"{BLOCK}.window", config.window, "at most the number of stages", "1 is greedy, 2 is overlapping.")
+    if config.input_shape is not None and (not config.input_shape or min(config.input_shape) < 1
+                                           or math.prod(config.input_shape) > MOST_NUMBERS):
+        raise ConfigError(f"{BLOCK}.input_shape", config.input_shape, "the sizes of one sample, each at least 1, "
+                          f"of at most {MOST_NUMBERS} numbers in all", "For example [3, 32, 32], or [128] for 128 token ids.")
     if config.head_refresh < 1:
-        raise ConfigError(f"{BLOCK}.head_refresh", config.head_refresh, "a number of updates, at least 1")
+        raise ConfigError(f"{BLOCK}.head_refresh", config.head_refresh, "a number of updates, at least 1",
+                          "Leave it out for 50.")
     if any(limit is not None and limit < 0 for limit in config.stop_after or ()):
         raise ConfigError(f"{BLOCK}.stop_after", config.stop_after, "a number of updates for each stage, 0 for a frozen one",
                           "null is for a stage that never stops.")
@@ -244,23 +251,31 @@ def _check(config: DecoupledConfig) -> None:
         if scheduler is not None and (not isinstance(scheduler.get("type"), str) or scheduler.keys() - {"type", "params"}):
             raise ConfigError(f"{BLOCK}.stage_schedulers", scheduler, "a scheduler is an object with type and params",
                               'For example {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}, or null.')
-    if any(factor < 0 for factor in config.stage_lr or ()):
-        raise ConfigError(f"{BLOCK}.stage_lr", config.stage_lr, "a factor for each stage, none below 0")
+    if not all(0 <= factor < math.inf for factor in config.stage_lr or ()):  # also refuses NaN
+        raise ConfigError(f"{BLOCK}.stage_lr", config.stage_lr, "a factor for each stage, none below 0 and all finite",
+                          "0 is for a stage whose weights stay as they are.")
     if isinstance(config.stages, str):
-        _choice(f"{BLOCK}.stages", config.stages, ("ranks", "blocks"))
+        check_choice(f"{BLOCK}.stages", config.stages, ("ranks", "blocks"))
     elif isinstance(config.stages, int):
         if config.stages < 1:
             raise ConfigError(f"{BLOCK}.stages", config.stages, "at least 1 stage is needed",
                               'Give a number, "ranks" or "blocks".')
+        if config.stages > MOST_STAGES:
+            raise ConfigError(f"{BLOCK}.stages", config.stages, f"at most {MOST_STAGES}, and no more than the model has layers",
+                              'Give a number, "ranks" or "blocks".')
     else:
         check_bounds(f"{BLOCK}.stages", config.stages)
     if isinstance(config.partition, str):
-        _choice(f"{BLOCK}.partition", config.partition, ("parameters", "uniform", "profile"))
+        check_choice(f"{BLOCK}.partition", config.partition, ("parameters", "uniform", "profile"))
     else:
         check_bounds(f"{BLOCK}.partition", config.partition)
     if config.hops is not None and (len(config.hops) != 2 or config.hops[0] < 0 or config.hops[1] < 1):
         raise ConfigError(f"{BLOCK}.hops", list(config.hops), "two whole numbers [a, b] with a >= 0 and b >= 1: ticks "
                           "from stage to stage, forward and backward",
+                          "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
+    if config.hops is not None and max(config.hops) > MOST_HOPS:
+        raise ConfigError(f"{BLOCK}.hops", list(config.hops), f"at most {MOST_HOPS} ticks from stage to stage: of J stages "
+                          "the first keeps (a+b)(J-1)+1 micro-batches, and its gradients are as old",
                           "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
     if config.lr_by_delay < 0:
         raise ConfigError(f"{BLOCK}.lr_by_delay", config.lr_by_delay, "0 (off) or the updates over which the damping fades",
@@ -271,8 +286,9 @@ def _check(config: DecoupledConfig) -> None:
     if config.track_gradients < 0:
         raise ConfigError(f"{BLOCK}.track_gradients", config.track_gradients,
                           "0 (never) or every so many micro-batches", "For example 100, or leave the setting out.")
-    if not config.timeout > 0:  # also refuses NaN
-        raise ConfigError(f"{BLOCK}.timeout", config.timeout, "seconds, above 0", "Leave it out for 600.")
+    if not 0 < config.timeout <= YEAR:  # also refuses NaN
+        raise ConfigError(f"{BLOCK}.timeout", config.timeout, f"seconds, above 0 and at most {YEAR} (a year)",
+                          "Leave it out for 600.")
     config.axes()
     _check_compile(config)
 
@@ -280,15 +296,15 @@ def _check(config: DecoupledConfig) -> None:
 def _check_compile(config: DecoupledConfig) -> None:
     name = f"{BLOCK}.compile"
     for key in config.compile if isinstance(config.compile, dict) else ():
-        _choice(name, key, tuple(field.name for field in fields(CompileSettings)))
+        check_choice(name, key, tuple(field.name for field in fields(CompileSettings)))
     settings = config.compile_settings()
     if settings is None:
         return
-    _choice(f"{name}.backend", str(settings.backend), BACKENDS)
+    check_choice(f"{name}.backend", str(settings.backend), BACKENDS)
     if settings.mode in ("reduce-overhead", "max-autotune"):
         raise ConfigError(f"{name}.mode", settings.mode, "its CUDA graphs write every output to the same place, where messages "
                           "in flight are still to be read", f"Take one of {', '.join(map(repr, MODES))}.")
-    _choice(f"{name}.mode", str(settings.mode), MODES)
+    check_choice(f"{name}.mode", str(settings.mode), MODES)
     if settings.backend != "inductor" and settings.mode != "default":
         raise ConfigError(f"{name}.mode", settings.mode, "modes are inductor's, other backends have none", 'Leave "mode" out.')
     if not isinstance(settings.dynamic, bool | None):
@@ -301,31 +317,18 @@ def _check_compile(config: DecoupledConfig) -> None:
                           "Leave it out and call engine.compile().")
 
 
-def read_json(config: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration as a dictionary, from a path or a dictionary."""
-    if isinstance(config, dict):
-        return config
-    path = Path(config)
-    if not path.is_file():
-        raise ConfigError("deepspeed_config", str(config), "a path to a JSON file", "Is the path right?")
-    try:
-        loaded = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("deepspeed_config", str(config), f"a JSON file is needed, and this is none: {error}",
-                          "Look at the place named.") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError("deepspeed_config", str(config), "a JSON object at the top",
-                          "Put the settings between { and }.")
-    return loaded
-
-
-def parse_block(config: str | Path | dict[str, Any]) -> DecoupledConfig | None:
+def parse_block(config: Source) -> DecoupledConfig | None:
     """The ``decoupled`` block of a DeepSpeed configuration, checked; None where there is none.
 
     Raises:
         ConfigError: naming the setting, its value and what is allowed.
     """
-    raw = read_json(config).get(BLOCK)
+    return block_of(read_json(config))
+
+
+def block_of(config: Mapping[str, Any]) -> DecoupledConfig | None:
+    """The same of a configuration that has been read."""
+    raw = config.get(BLOCK)
     if raw is None:
         return None
     if not isinstance(raw, dict):
@@ -334,7 +337,7 @@ def parse_block(config: str | Path | dict[str, Any]) -> DecoupledConfig | None:
         raise ConfigError(f"{BLOCK}.method", None, f"a method is needed: {', '.join(map(repr, PRESETS))}",
                           'For example {"method": "petra"}.')
     for key in raw:
-        _choice(BLOCK, key, tuple(DecoupledConfig.model_fields))
+        check_choice(BLOCK, key, tuple(DecoupledConfig.model_fields))
     try:
         parsed = DecoupledConfig(**raw)
     except ValidationError as error:

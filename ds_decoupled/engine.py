@@ -8,6 +8,7 @@ stage goes forward and back is the stage's (:mod:`ds_decoupled.stages`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from ds_decoupled import compat
 from ds_decoupled import instructions as ins
+from ds_decoupled.breakdown import Breakdown
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
+from ds_decoupled.collectives import together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.feed import Feed, MicroBatch
@@ -89,13 +92,20 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self._losses: list[Tensor] = []
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
         self.train_seconds = 0.0
+        self.breakdown = Breakdown(self.global_rank, self.stage_id) if self.wall_clock_breakdown() else None
+        if self.breakdown is not None:
+            self.instruction_map = self.breakdown.timed(self.instruction_map)
 
     # -- optimizers ---------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
         """One optimizer per stage, of the client's kind or the JSON's."""
-        self._build_stages()
-        parameters = list(model_parameters)
+        together(self._build_stages)
+        if self.axes.window:
+            self.local = LocalLosses(self)
+        together(partial(self._build_optimizers, client_optimizer, list(model_parameters)))
+
+    def _build_optimizers(self, client_optimizer: Any, parameters: list[Any]) -> None:
         for index, stage in self.stages.items():
             head = stage.head_parameters if isinstance(stage, LocalStage) else []
             own = groups_with_heads(restrict(parameters, stage.trainable), head)
@@ -107,10 +117,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
         factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
+        if factor == 0:
+            return math.inf  # a rate of 0, whatever the scheduler says
         return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
+        together(self._build_lr_schedulers)
+
+    def _build_lr_schedulers(self) -> None:
         own = self.decoupled.stage_schedulers
         for index, stage in self.stage_optimizers.items():
             if stage.optimizer is not None:
@@ -135,8 +150,6 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn,
                     self.seeds)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
-        if self.axes.window:
-            self.local = LocalLosses(self)
 
     def _local_stage(self, index: int, *args: Any) -> LocalStage:
         return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
@@ -328,6 +341,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             shown = {"loss": loss, **(self.agg_additional_losses or {})} if self._losses else {}
             told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
             print(f"steps: {self.global_steps} {told} samples/sec: {rate:0.3f}", flush=True)
+        if self.breakdown is not None and every is not None and self.global_steps % every == 0:
+            print(self.breakdown.report(self.global_steps), flush=True)
 
     # -- instructions ------------------------------------------------------------------------------------------------------
 
@@ -586,6 +601,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             "messages": self.network.messages_sent(),
             "held": self.network.held(),
             "tracked": self.tracker.results if self.tracker is not None else [],
+            "seconds": self.breakdown.total if self.breakdown is not None else None,
         }
         parts = compat.gather_objects(local)
         by_stage = {name: [value for _, value in sorted({s: v for p in parts for s, v in p[name].items()}.items())]
@@ -599,5 +615,6 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 "stage_layers": [list(self.placement.layers_of(s)) for s in range(self.placement.stages)],
                 "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],
                 "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
-                                           key=lambda row: (row["micro_batch"], row["stage"]))}
+                                           key=lambda row: (row["micro_batch"], row["stage"])),
+                **({"seconds_by_action": [p["seconds"] for p in parts]} if self.breakdown is not None else {})}
 

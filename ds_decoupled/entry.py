@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import deepspeed
 from deepspeed.pipe import PipelineModule
+from torch.optim import Optimizer
 
 from ds_decoupled import compat
-from ds_decoupled.config import BLOCK, DecoupledConfig, parse_block, read_json
+from ds_decoupled.collectives import agreed
+from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, read_json
 from ds_decoupled.engine import DecoupledPipelineEngine
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.module import placement_of
 from ds_decoupled.optim import client_from_json
+from ds_decoupled.settings.built import WITHOUT_RATE, check_scheduler
+from ds_decoupled.settings.check import as_deepspeed_reads_it, check_settings, comparable
+from ds_decoupled.settings.table import batch_sizes
+from ds_decoupled.settings.unsupported import check_checkpoint_interval
+from ds_decoupled.shared_memory import release_names
 
 
 def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None,
@@ -25,49 +34,120 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     Without a ``decoupled`` block in the configuration it is exactly that. With one, ``model`` must be a
     :class:`~ds_decoupled.DecoupledPipelineModule` or a plain ``PipelineModule``, and the engine is a
     :class:`~ds_decoupled.DecoupledPipelineEngine`; but ``"method": "backprop"`` is 1F1B and is left to DeepSpeed's own engine.
-    The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`).
+    The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`), and DeepSpeed's own settings
+    are checked before it sees them (:mod:`ds_decoupled.settings`).
 
     Raises:
-        ConfigError: for settings that cannot work, on every rank.
+        ConfigError: for settings that cannot work, or that differ between ranks; on every rank.
+        RankError: on the other ranks, if something else fails on one while the engine is made.
     """
-    call = partial(deepspeed.initialize, args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
-                   training_data=training_data, lr_scheduler=lr_scheduler, distributed_port=distributed_port, mpu=mpu,
-                   dist_init_required=dist_init_required, collate_fn=collate_fn, config=config, mesh_param=mesh_param,
-                   config_params=config_params)
-    if isinstance(model, PipelineModule):
-        compat.wait_for_all()
-    source = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
-    block = parse_block(source) if source is not None else None
-    if block is None or source is None:
-        return call()
+    given = {"args": args, "model": model, "optimizer": optimizer, "model_parameters": model_parameters,
+             "training_data": training_data, "lr_scheduler": lr_scheduler, "distributed_port": distributed_port, "mpu": mpu,
+             "dist_init_required": dist_init_required, "collate_fn": collate_fn, "config": config, "mesh_param": mesh_param,
+             "config_params": config_params}
+    # A collective call, before anything that one rank alone may fail at.
+    weights = compat.built_parameters(model) if isinstance(model, PipelineModule) else []
+    read = partial(_read, given, weights)
+    setup = agreed(read, "configuration") if isinstance(model, PipelineModule) else read()[0]
+    if setup is None:
+        return deepspeed.initialize(**given)
+    settings, block = setup
+    release_names()
+    given |= {"config": settings, "config_params": None}
+    if optimizer is None:
+        given["optimizer"] = client_from_json(settings)
+    with _config_of_args_aside(args):
+        if block.is_plain_backprop:
+            compat.clip_over_all_stages(model)
+            with compat.engine_class(compat.GuardedPipelineEngine):
+                engine, *rest = deepspeed.initialize(**given)
+            return compat.as_deepspeeds_own(engine), *rest
+        placement = placement_of(model, block.stages, weights)
+        compat.norms_within_stages(model)
+        with compat.engine_class(partial(DecoupledPipelineEngine, decoupled=block, placement=placement)):
+            return deepspeed.initialize(**given)
+
+
+Setup = tuple[dict[str, Any], DecoupledConfig]
+
+
+def _read(given: Mapping[str, Any], weights: list[float]) -> tuple[Setup | None, dict[str, Any]]:
+    """The configuration and its block, checked as far as one rank can by itself, and what must be the same on all ranks; None
+    and nothing where there is no block."""
+    source = next((s for s in (given["config"], given["config_params"], *_of_args(given["args"])) if s is not None), None)
+    config = read_json(source) if source is not None else {}
+    block = block_of(config)
+    if block is None:
+        return None, {}
+    _check_arguments(given)
+    check_settings(config, decoupled=not block.is_plain_backprop)
+    model: PipelineModule = given["model"]
+    _check_stage_schedulers(block)
+    batch_sizes(config, model.mpu().get_data_parallel_world_size())
+    if given["optimizer"] is None:
+        client_from_json(config)
+    as_deepspeed_reads_it(config, model.mpu())
+    if not block.is_plain_backprop:
+        _check(config, block, model)
+        placement_of(model, block.stages, weights)
+    clients = {name: _kind(given[name]) for name in ("optimizer", "lr_scheduler")}
+    return (config, block), comparable(config, block) | clients
+
+
+def _of_args(args: Any) -> tuple[Any, ...]:
+    """The configuration that the script's arguments name, under both of DeepSpeed's names for it."""
+    return getattr(args, "deepspeed_config", None), getattr(args, "deepscale_config", None)
+
+
+@contextmanager
+def _config_of_args_aside(args: Any) -> Iterator[None]:
+    """DeepSpeed takes a configuration from the arguments or from ``config``, and not from both."""
+    names = [name for name in ("deepspeed_config", "deepscale_config") if getattr(args, name, None) is not None]
+    before = {name: getattr(args, name) for name in names}
+    try:
+        for name in names:
+            setattr(args, name, None)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    model = given["model"]
     if not isinstance(model, PipelineModule):
         raise ConfigError("model", type(model).__name__, f'with a "{BLOCK}" block the model must be a pipeline',
                           "Make a ds_decoupled.DecoupledPipelineModule of its layers.")
-    _check_batch(read_json(source), model.mpu().get_data_parallel_world_size())
-    if optimizer is None:
-        call = partial(call, optimizer=client_from_json(read_json(source)))
-    if block.is_plain_backprop:
-        compat.clip_over_all_stages(model)
-        return call()
-    _check(read_json(source), block, model)
-    placement = placement_of(model, block.stages)
-    compat.norms_within_stages(model)
-    with compat.engine_class(partial(DecoupledPipelineEngine, decoupled=block, placement=placement)):
-        return call()
+    if given["mpu"] is not None:
+        raise ConfigError("mpu", type(given["mpu"]).__name__, "a pipeline brings its own", "Leave it out.")
+    sources = [s for s in (given["config"] or given["config_params"], *_of_args(given["args"])) if s is not None]
+    if len(sources) > 1:
+        raise ConfigError("config", "given twice", "the script's arguments name a configuration, and the call gives one",
+                          "Give one of them.")
+
+
+def _kind(client: Any) -> str | None:
+    """What the script gave as an optimizer or a scheduler, in words that are the same on every rank."""
+    if client is None:
+        return None
+    return type(client).__qualname__ if isinstance(client, Optimizer) or not hasattr(client, "__qualname__") else "a callable"
+
+
+def _check_stage_schedulers(block: DecoupledConfig) -> None:
+    for stage, scheduler in enumerate(block.stage_schedulers or ()):
+        if scheduler is not None:
+            check_scheduler({"params": {}, **scheduler}, f"{BLOCK}.stage_schedulers[{stage}]")
 
 
 def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule) -> None:
     """Refuse what the decoupled engine cannot do, before anything is built."""
     axes = block.axes()
-    zero = (config.get("zero_optimization") or {}).get("stage", 0)
-    if zero >= 2:
-        raise ConfigError("zero_optimization.stage", zero, "0 and 1 work with pipelines: higher stages partition gradients "
-                          "that a pipeline accumulates", "Take stage 1.")
-    if (config.get("fp16") or {}).get("enabled"):
-        why = ("the loss scale of a delayed gradient is not the one in force when it arrives, and an overflow would undo "
-               "the updates of stages that have stepped already" if not axes.flush else
-               "stages that step on their own agree on no common loss scale")
-        raise ConfigError("fp16.enabled", True, why, 'Take "bf16" or float32.')
+    check_checkpoint_interval(model.activation_checkpoint_interval)
+    rate_free = (config.get("optimizer") or {}).get("type") in WITHOUT_RATE
+    for name in ("stage_lr", "lr_by_delay"):
+        if rate_free and getattr(block, name):
+            raise ConfigError(f"{BLOCK}.{name}", getattr(block, name), f"{config['optimizer']['type']} does not step in "
+                              "proportion to its learning rate", "Leave it out, or take another optimizer.")
     tied = compat.tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "
@@ -76,18 +156,3 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
     if tied and axes.flush:
         raise ConfigError(f"{BLOCK}.method", block.method, f"tied layers ({', '.join(map(repr, tied))}) need DeepSpeed's own "
                           "engine", 'Take "method": "backprop", or untie them (from_hugging_face(..., untie_embeddings=True)).')
-
-
-def _check_batch(config: dict[str, Any], replicas: int) -> None:
-    """Batch settings that do not go into one another."""
-    total, micro, k = (config.get(name) for name in ("train_batch_size", "train_micro_batch_size_per_gpu",
-                                                     "gradient_accumulation_steps"))
-    if not isinstance(total, int):
-        return
-    parts = [n for n in (micro, k) if isinstance(n, int)]
-    product = replicas
-    for part in parts:
-        product *= part
-    if total != product if len(parts) == 2 else total % product:
-        given = f"train_micro_batch_size_per_gpu x gradient_accumulation_steps x replicas = {micro} x {k} x {replicas}"
-        raise ConfigError("train_batch_size", total, f"{given} must make it up", "Leave one of the three out, or mend it.")

@@ -18,6 +18,17 @@ class ConfigError(ValueError):
         return type(self), self.fields  # by default a copy is made of the message alone, which is no argument of this
 
 
+class RankError(RuntimeError):
+    """Another rank failed while all made something together; says which, and of what."""
+
+
+class Verbatim(str):
+    """A text that stands in messages without quotes: a value as another rank told it, or several values at once."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class LinkError(RuntimeError):
     """A message that did not come, or that is not the one that was due."""
 

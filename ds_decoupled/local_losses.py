@@ -73,7 +73,8 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
     for name in ("stage_lr", "stage_schedulers", "stop_after"):
         value = getattr(config, name)
         if value is not None and len(value) != stages:
-            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages")
+            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
+                              f"Give a list of {stages}, or leave it out.")
     if window and shared_blocks(config.head) is not None and config.axes().hops[0]:
         raise ConfigError(f"{BLOCK}.head", config.head, "a shared head is refreshed when all stages are at the same "
                           f"micro-batch, and with hops {list(config.axes().hops)} they never are", 'Leave "hops" out.')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +11,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
+from ds_decoupled.collectives import agreed
 from ds_decoupled.compat import (
     PipelineModuleBase,
-    built_parameters,
     from_first_rank,
     layer_parameters,
     layer_specs,
 )
-from ds_decoupled.config import BLOCK, DecoupledConfig, check_bounds, parse_block
+from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, check_bounds, read_json
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import HeadMaker, layer_times
 from ds_decoupled.schedules import Placement, balanced_bounds, uniform_bounds
+from ds_decoupled.settings.check import check_settings, comparable
+from ds_decoupled.settings.reading import Source
+from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.shared_memory import release_names
 from ds_decoupled.stages.heads import make_head
 from ds_decoupled.stages.randomness import mix, seeded
@@ -65,6 +68,24 @@ def _with_seed(layer: Any, index: int, base_seed: int) -> Any:
     return layer
 
 
+def _read(config: Source | None, arguments: dict[str, Any]) -> tuple[DecoupledConfig, dict[str, Any]]:
+    """The block of ``config``, checked, and what must be the same on every rank."""
+    settings = {} if config is None else read_json(config)
+    block = block_of(settings)
+    given = block or DecoupledConfig(method="backprop")
+    decoupled = not given.is_plain_backprop
+    if config is not None:
+        check_settings(settings, decoupled)
+    if decoupled:
+        check_checkpoint_interval(arguments["activation_checkpoint_interval"])
+    ranks, world = arguments["num_stages"], torch.distributed.get_world_size()
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1 or world % ranks):
+        raise ConfigError("num_stages", ranks, "the number of pipe ranks (P) divides the number of processes, which is "
+                          f"{world}",
+                          "Leave it out for one pipe rank a process.")
+    return given, arguments | comparable(settings, block)
+
+
 class DecoupledPipelineModule(PipelineModuleBase):
     """A ``PipelineModule`` with stages smaller than ranks.
 
@@ -74,8 +95,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
         layers: as for ``PipelineModule``: ``LayerSpec``s, modules or functions; each takes and returns a tensor or a
             tuple of tensors. Layers from a ``LayerSpec`` get the same initial weights for every number of ranks.
         num_stages: P, the ranks of the pipe axis (DeepSpeed's name); by default the world size.
-        config: the DeepSpeed configuration (path or dictionary); its ``decoupled`` block says ``stages`` and
-            ``partition``.
+        config: the DeepSpeed configuration (a path, a dictionary, or what else DeepSpeed takes); its ``decoupled`` block says
+            ``stages`` and ``partition``.
         stages: overrides the block's ``stages``.
         partition: overrides the block's ``partition``; ``partition_method`` is its name in DeepSpeed and works too.
         sample_input: an input of the first layer, needed by ``"partition": "profile"``.
@@ -90,7 +111,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
     """
 
     def __init__(self, layers: Sequence[Any], num_stages: int | None = None, *, topology: Any = None,
-                 config: str | Path | dict[str, Any] | None = None, stages: int | str | list[int] | None = None,
+                 config: Source | None = None, stages: int | str | list[int] | None = None,
                  partition: str | list[int] | None = None, partition_method: str | None = None, sample_input: Any = None,
                  base_seed: int | None = None, seed_layers: bool = False, loss_fn: Callable[..., Any] | None = None,
                  **kwargs: Any) -> None:
@@ -99,8 +120,10 @@ class DecoupledPipelineModule(PipelineModuleBase):
         deepspeed.init_distributed()
         release_names()
         layers = list(layers)
-        block = parse_block(config) if config is not None else None
-        given = block or DecoupledConfig(method="backprop")
+        given = agreed(partial(_read, config, {
+            "layers": len(layers), "num_stages": num_stages, "stages": stages, "partition": partition or partition_method,
+            "base_seed": base_seed, "activation_checkpoint_interval": kwargs.get("activation_checkpoint_interval", 0)}),
+            "configuration and arguments of DecoupledPipelineModule")
         self._starts = block_starts(layers)
         self._stages_setting = stages if stages is not None else given.stages
         self._partition_setting = partition or partition_method or given.partition
@@ -147,7 +170,8 @@ class DecoupledPipelineModule(PipelineModuleBase):
             times = layer_times(layer_specs(self), self.sample_input, *self._heads())
             # The last stage goes forward and back at once and runs nothing again.
             return [t.cost(self._recover != "graph") for t in times], [t.cost(False) for t in times]
-        raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds")
+        raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds",
+                          "Leave it out for 'parameters'.")
 
     def _heads(self) -> tuple[HeadMaker | None, list[int]]:
         """How the stages' heads are built, and the ends of stages that have one and are known before the layers are cut."""
@@ -176,7 +200,7 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
     name, layers = f"{BLOCK}.stages", len(weights)
     if isinstance(setting, list):
         if setting[-1] != layers:
-            raise ConfigError(name, setting, f"the last bound is the number of layers, {layers}")
+            raise ConfigError(name, setting, f"the last bound is the number of layers, {layers}", f"Let it end with {layers}.")
         bounds = setting
     elif setting == "blocks":
         if not starts:
@@ -207,7 +231,7 @@ def check_partition(partition: list[int], ranks: int, layers: int) -> list[int]:
     check_bounds(f"{BLOCK}.partition", partition)
     if len(partition) != ranks + 1 or partition[-1] != layers:
         raise ConfigError(f"{BLOCK}.partition", partition, f"{ranks} ranks need {ranks + 1} bounds, the last of them "
-                          f"the number of layers, {layers}")
+                          f"the number of layers, {layers}", 'Leave it out to balance them by their parameters.')
     return partition
 
 
@@ -242,7 +266,7 @@ def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = No
     return balanced_bounds(weights, parts, last) if any(weights) else uniform_bounds(len(weights), parts)
 
 
-def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Placement:
+def placement_of(module: PipelineModule, setting: int | str | list[int], weights: Sequence[float]) -> Placement:
     """The placement of any ``PipelineModule``; a plain one keeps its rank boundaries and is cut further within them.
 
     Raises:
@@ -259,4 +283,4 @@ def placement_of(module: PipelineModule, setting: int | str | list[int]) -> Plac
         starts = module._starts
     else:
         starts = block_starts(layer_specs(module))
-    return place_within(list(module.parts), setting, built_parameters(module), starts)
+    return place_within(list(module.parts), setting, weights, starts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
 from torch import nn
 
+from ds_decoupled.collectives import together
 from ds_decoupled.stages.layers import backward
 from ds_decoupled.tensors import Tensors, as_tuple, detach, leaves, to_device
 
@@ -49,9 +51,8 @@ def layer_times(layers: Sequence[Any], sample_input: Tensors, make_head: HeadMak
         make_head: of stages that learn from losses of their own.
         ends: where their stages end: one past the last layer of each, in order, without the last stage.
     """
-    times: list[list[LayerTime] | None] = [None]
-    if dist.get_rank() == 0:
-        times = [_measure(layers, sample_input, make_head, ends)]
+    measure = partial(_measure, layers, sample_input, make_head, ends)
+    times: list[list[LayerTime] | None] = [together(measure if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(times, src=0)
     assert times[0] is not None
     return times[0]

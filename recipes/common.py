@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ds_decoupled.collectives import together as together
+from ds_decoupled.config import parse_block, read_json
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.settings.check import check_settings
+from ds_decoupled.settings.table import batch_sizes as batch_sizes
+from ds_decoupled.shared_memory import release_names
 
 T = TypeVar("T")
 
@@ -51,6 +56,7 @@ def distributed(backend: str | None) -> Iterator[None]:
     try:
         _check_backend(backend)
         deepspeed.init_distributed(dist_backend=backend, rank=int(os.environ["RANK"]))
+        release_names()
         board = NoticeBoard()
         yield
         dist.barrier()
@@ -75,25 +81,6 @@ def _check_backend(backend: str | None) -> None:
         raise ConfigError("--backend", backend, f"torch.distributed has {', '.join(known)} here", "Leave it out")
     if backend == "nccl" and get_accelerator().device_name() != "cuda":
         raise ConfigError("--backend", backend, "it moves tensors of GPUs, and there are none here", "Take gloo")
-
-
-def together(action: Callable[[], T] | None) -> T | None:
-    """Run ``action`` on the ranks that have one; if a setting cannot work on any, every rank raises that rank's error."""
-    result: T | None = None
-    failure: ConfigError | None = None
-    if action is not None:
-        try:
-            result = action()
-        except ConfigError as error:
-            failure = error
-    failures: list[tuple[str, Any, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure.fields if failure else None)
-    if failure is not None:
-        raise failure
-    first = next((fields for fields in failures if fields), None)
-    if first is not None:
-        raise ConfigError(*first)
-    return result
 
 
 def from_rank(source: int, value: T) -> T:
@@ -140,34 +127,26 @@ def pipe_position(pipe_ranks: int | None) -> tuple[int, int, int, int]:
 
 
 def read_config(path: str | None) -> dict[str, Any]:
-    """A DeepSpeed JSON file."""
+    """A DeepSpeed configuration in any form that DeepSpeed takes, looked at before any data are; a peak rate of ``"auto"`` is
+    filled in later."""
     if path is None:
         raise ConfigError("--deepspeed_config", path, "a DeepSpeed JSON file is needed", "See ds_configs/")
     try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError("--deepspeed_config", path, f"it cannot be read ({error})", "See ds_configs/") from error
-    if not isinstance(config, dict):
-        raise ConfigError("--deepspeed_config", path, "the file must hold one JSON object", "See ds_configs/")
+        config = read_json(path)
+    except ConfigError as error:
+        _, value, allowed, hint = error.fields
+        raise ConfigError("--deepspeed_config", value, allowed, f"{hint} See ds_configs/") from error
+    block = parse_block(config)
+    check_settings(_without_auto(config), decoupled=block is not None and not block.is_plain_backprop)
     return config
 
 
-def batch_sizes(config: dict[str, Any], replicas: int) -> tuple[int, int]:
-    """``(micro-batch, k)`` by DeepSpeed's rule: ``train_batch_size = micro-batch * k * replicas``."""
-    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    micro, k, total = (config.get(name) for name in names)
-    for name, value in zip(names, (micro, k, total), strict=True):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(name, value, "it must be a whole number of at least 1")
-    if micro is None:
-        if total is None:
-            raise ConfigError(names[0], micro, f"it is needed, or {names[2]} is", "Set it in the DeepSpeed JSON")
-        micro = total // (replicas * (k or 1))
-    if k is None:
-        k = 1 if total is None or micro == 0 else total // (replicas * micro)
-    if total is not None and micro * k * replicas != total:
-        raise ConfigError(names[2], total, f"it must be micro-batch * k * replicas, here {micro} * {k} * {replicas}")
-    return micro, k
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    optimizer = config.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if not isinstance(optimizer, dict) or not isinstance(params, dict) or params.get("lr") != "auto":
+        return config
+    return config | {"optimizer": optimizer | {"params": {k: v for k, v in params.items() if k != "lr"}}}
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ds_decoupled.errors import ConfigError
+from ds_decoupled.errors import ConfigError, PeerError, RankError
 
 POLL_SECONDS = 0.5
 READING_SECONDS = 3.0
@@ -31,6 +31,7 @@ READING_SECONDS = 3.0
 WAKING_SECONDS = 5.0
 """So long after reading, a rank that is still waiting for messages is ended."""
 
+_OF_ANOTHER_RANK = (PeerError, RankError)
 _SENTENCE, _READ = "sentence", "read"
 
 
@@ -102,10 +103,13 @@ class NoticeBoard:
         Raises:
             SystemExit: with a sentence, for a setting that cannot work or for what another rank failed with.
         """
+        until = time.monotonic() + READING_SECONDS
+        while isinstance(error, _OF_ANOTHER_RANK) and self.sentence is None and time.monotonic() < until and self._store:
+            time.sleep(POLL_SECONDS / 5)  # the rank that failed says it better, in a moment
         if self.sentence is not None:
             sentence = self.sentence  # this error may only tell that the rank that failed is gone
             self.pin(sentence)
-        elif isinstance(error, ConfigError):
+        elif isinstance(error, (ConfigError, *_OF_ANOTHER_RANK)):
             sentence = f"{program()}: {error}"
             self.pin(sentence)
         else:

@@ -224,7 +224,7 @@ def test_missing_file() -> None:
     result = run("plan", "/nowhere/petra.json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == ("ds-decoupled: \"deepspeed_config\": '/nowhere/petra.json' cannot be used: a path to a "
-                             "JSON file. Is the path right?\n")
+                             "JSON file is needed, and there is no such file. Is the path right?\n")
 
 
 # In processes of their own

@@ -86,7 +86,7 @@ def _import(path: str) -> OptimizerClass:
 
 def _check_flattened(config: dict[str, Any], name: str) -> None:
     """DeepSpeed's bf16 and ZeRO-1 optimizers hand the inner one a flat piece of all parameters: no rows, no columns."""
-    bf16 = bool((config.get("bf16") or {}).get("enabled"))
+    bf16 = bool((config.get("bf16") or config.get("bfloat16") or {}).get("enabled"))
     zero = bool((config.get("zero_optimization") or {}).get("stage", 0))
     if not bf16 and not zero:
         return
