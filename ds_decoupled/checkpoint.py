@@ -74,14 +74,21 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
     if not os.path.isfile(os.path.join(folder, "decoupled_engine.pt")):
         raise FileNotFoundError(f"{folder} holds no checkpoint of a decoupled engine (decoupled_engine.pt is missing)")
     state = torch.load(os.path.join(folder, "decoupled_engine.pt"), map_location="cpu", weights_only=False)
-    engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
     if module_only:
+        if engine._tick:
+            raise RuntimeError("load_checkpoint(load_module_only=True) needs an empty pipeline, because the gradients that are "
+                               "on their way are those of other weights: call drain() first")
+        _load_weights(engine, folder, strict)
+        for optimizer in engine.stage_optimizers.values():
+            optimizer.weights_replaced()
         return folder, state["client_state"]
     for name, saved, here in (("stages", state["stage_bounds"], list(engine.placement.stage_bounds)),
                               ("data-parallel replicas", state["replicas"], engine.dp_world_size)):
         if saved != here:
             raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
                              "flight fits only the same ones; load_module_only=True loads the weights alone.")
+    engine.network.pending()  # takes in what is on its way; it is of a run that ends here
+    _load_weights(engine, folder, strict)
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
     replica = engine.mpu.get_data_parallel_rank()
     for index, stage in engine.stages.items():
@@ -93,10 +100,17 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
             pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     engine._first_micro_batch, engine._fed, engine._tick = state["run"]
+    engine._end = None
+    engine._batches.clear()
     engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)
     if engine.tracker is not None:
         engine.tracker.forget(engine._first_micro_batch + engine._fed)
     return folder, state["client_state"]
+
+
+def _load_weights(engine: DecoupledPipelineEngine, folder: str, strict: bool) -> None:
+    """The layers' weights."""
+    engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -247,14 +247,32 @@ def accumulated(optimizer: Any, parameters: list[Any]) -> list[Tensor | None]:
 
 
 def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tensor | None]) -> None:
-    """The inverse of :func:`accumulated`."""
+    """The inverse of :func:`accumulated`; whatever was accumulated before is gone."""
     if isinstance(optimizer, BF16_Optimizer):
-        for flat, saved in zip(optimizer.fp32_groups_gradients_flat, grads):
+        optimizer.clear_lp_grads(set_to_none=True)
+        for index, (flat, saved) in enumerate(zip(optimizer.fp32_groups_gradients_flat, grads)):
             assert saved is not None
             flat.copy_(saved)
+            # Norm and clipping heed only what is marked; what is zero adds nothing to either.
+            optimizer.fp32_groups_has_gradients[index] = [bool(g.any()) for g in optimizer.fp32_groups_gradients[index]]
         return
     for parameter, grad in zip(parameters, grads):
         parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def drop_accumulated(optimizer: Any, parameters: list[Any]) -> None:
+    """Forget what has been accumulated."""
+    if isinstance(optimizer, BF16_Optimizer):
+        optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def refresh_masters(optimizer: Any) -> None:
+    """The weights were replaced: where the optimizer keeps float32 copies of them, take those from the weights, or the next
+    step would bring the old ones back."""
+    if hasattr(optimizer, "refresh_fp32_params"):
+        optimizer.refresh_fp32_params()
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -264,12 +282,14 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def load_optimizer(optimizer: Any, state: Any) -> None:
-    """Load what ``optimizer.state_dict()`` gave on this rank."""
+def load_optimizer(optimizer: Any, state: Any, load_states: bool = True) -> None:
+    """Load what ``optimizer.state_dict()`` gave on this rank: float32 copies of the weights always, moments and rates if
+    ``load_states``."""
     if isinstance(optimizer, BF16_Optimizer) or hasattr(optimizer, "reduce_gradients"):
         rank = dist.get_rank(group=optimizer.dp_process_group)
         # Both index a list of all replicas' states by their own rank and need nothing of the others.
         states = [state if r == rank else None for r in range(dist.get_world_size(group=optimizer.dp_process_group))]
-        optimizer.load_state_dict(states, load_optimizer_states=True)
-    else:
+        # Without the last argument the copies keep the values that they have (bf16) or lose the bits that the weights lack.
+        optimizer.load_state_dict(states, load_optimizer_states=load_states, load_from_fp32_weights=True)
+    elif load_states:
         optimizer.load_state_dict(state)

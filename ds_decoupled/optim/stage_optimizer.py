@@ -64,11 +64,17 @@ class StageOptimizer:
     def load_state_dict(self, state: dict[str, Any], load_optimizer: bool = True, load_lr_scheduler: bool = True) -> None:
         """The inverse of :meth:`state_dict`."""
         self.updates = state["updates"]
-        if self.optimizer is not None and load_optimizer:
-            compat.load_optimizer(self.optimizer, state["optimizer"])
+        if self.optimizer is not None:
+            compat.load_optimizer(self.optimizer, state["optimizer"], load_optimizer)
             compat.restore_accumulated(self.optimizer, self.parameters, state["accumulated"])
         if self.lr_scheduler is not None and load_lr_scheduler and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+
+    def weights_replaced(self) -> None:
+        """The weights were loaded alone: nothing of the old ones is left, but for the optimizer's moments."""
+        if self.optimizer is not None:
+            compat.refresh_masters(self.optimizer)
+            compat.drop_accumulated(self.optimizer, self.parameters)
 
 
 class StageOptimizers:
