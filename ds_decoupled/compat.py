@@ -26,7 +26,7 @@ PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
     PipelineEngine: ("_configure_optimizer", "_configure_lr_scheduler", "_train_schedule", "_exec_schedule", "_next_batch",
                      "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
-                     "_reduce_non_expert_gradients"),
+                     "_reduce_non_expert_gradients", "_scheduler_from_config"),
 }
 
 
@@ -139,22 +139,19 @@ class PipelineEngineBase(PipelineEngine):
         super()._configure_optimizer(client_optimizer, parameters)
         return self.optimizer, self.basic_optimizer
 
-    def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
-        """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's or the JSON's; None
-        where there is none."""
-        self.optimizer, self.basic_optimizer = optimizer, basic_optimizer
+    def build_lr_scheduler(self, optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
+        """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's callable's or the
+        JSON's; None where there is none."""
+        if block is None and callable(self.client_lr_scheduler):
+            return self.client_lr_scheduler(optimizer)
         config: Any = self._config
-        client = self.client_lr_scheduler
         usual = config.scheduler_name, config.scheduler_params
         try:
             if block is not None:
-                self.client_lr_scheduler = None
                 config.scheduler_name, config.scheduler_params = block["type"], block.get("params", {})
-            super()._configure_lr_scheduler()
+            return self._scheduler_from_config(optimizer)
         finally:
-            self.client_lr_scheduler = client
             config.scheduler_name, config.scheduler_params = usual
-        return self.lr_scheduler
 
     def run_schedule(self, schedule: PipeSchedule) -> None:
         """Execute every instruction of ``schedule``."""

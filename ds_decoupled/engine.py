@@ -27,7 +27,7 @@ from ds_decoupled.links import CODECS, Message
 from ds_decoupled.local_losses import LocalLosses, check_local
 from ds_decoupled.network import Network
 from ds_decoupled.nn.heads import add_up, ensemble
-from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
+from ds_decoupled.optim import ClientOptimizer, StageOptimizer, StageOptimizers, lr_divisor, restrict
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
@@ -56,8 +56,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.stages: dict[int, Stage] = {}
         self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
+        self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
         super().__init__(*args, **kwargs)
-        self.optimizer = StageOptimizers(self.stage_optimizers)
+        self.optimizer = self.basic_optimizer = self._optimizers
         last = placement.stages - 1
         told = [told for part in compat.gather_objects({s: (stage.wants_output, stage.reversible, stage.layer_names)
                                                         for s, stage in self.stages.items()}) for told in part.items()]
@@ -88,13 +89,28 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         """One optimizer per stage, of the client's kind or the JSON's."""
         self._build_stages()
         parameters = list(model_parameters)
+        heads = {index: stage.head_parameters if isinstance(stage, LocalStage) else [] for index, stage in self.stages.items()}
+        for index, head in heads.items():  # DeepSpeed's bf16 asks every parameter for its name
+            self.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(head)})
+        if isinstance(client_optimizer, torch.optim.Optimizer):
+            self._optimizers.client = ClientOptimizer(client_optimizer, {s: (stage.trainable, heads[s])
+                                                                         for s, stage in self.stages.items()})
         for index, stage in self.stages.items():
-            head = stage.head_parameters if isinstance(stage, LocalStage) else []
-            own = groups_with_heads(restrict(parameters, stage.trainable), head)
-            client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
-            optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
+            optimizer, basic = self._build_optimizer(index, client_optimizer, parameters, heads[index])
             self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic,
-                                                          partial(self._lr_divisor, index))
+                                                          partial(self._lr_divisor, index), self._optimizers)
+
+    def _build_optimizer(self, index: int, client_optimizer: Any, parameters: list[Any], head: list[Any]) -> tuple[Any, Any]:
+        """A stage's wrapped optimizer and the basic one inside; None where it has nothing to train."""
+        client = self._optimizers.client
+        if client is None:
+            own = groups_with_heads(restrict(parameters, self.stages[index].trainable), head)
+            return self.build_optimizer(client_optimizer, own) if own else (None, None)
+        if index not in client.basic:
+            return None, None
+        optimizer, basic = self.build_optimizer(client.basic[index], [])
+        client.built(index, basic)
+        return optimizer, basic
 
     def _lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
@@ -103,11 +119,26 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
-        own = self.decoupled.stage_schedulers
-        for index, stage in self.stage_optimizers.items():
-            if stage.optimizer is not None:
-                block = None if own is None else own[index]
-                stage.lr_scheduler = self.build_lr_scheduler(stage.optimizer, stage.basic_optimizer, block)
+        given, blocks = self.client_lr_scheduler, self.decoupled.stage_schedulers
+        if given is not None and not callable(given):
+            self.lr_scheduler = given
+        made = {}
+        for index, stage in self._optimizers.trained.items():
+            block = None if blocks is None else blocks[index]
+            instance = stage.lr_scheduler if block is None else None
+            made[index] = instance or self.build_lr_scheduler(stage.basic_optimizer, block)
+        if given is None or callable(given) or blocks is not None:
+            self._optimizers.built(made)
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler that was given, brought to where this rank's topmost stage is; or that stage's own. One that is
+        assigned drives every stage by its own updates, None lets the rates stay (on this rank: assign it on all)."""
+        return self._optimizers.lr_scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self._optimizers.set_lr_scheduler(scheduler)
 
     def _build_stages(self) -> None:
         rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
@@ -152,6 +183,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
+        self._optimizers.before_batch()
         self._train_mode()
         if self.local is not None:
             self.local.before_batch(ended=self._end is not None)
