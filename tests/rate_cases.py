@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedulers
 
 import ds_decoupled
+from ds_decoupled.models import next_token_loss
 
 
 class WarmUp:
@@ -92,7 +93,14 @@ def start(case: dict[str, Any]) -> tuple[Any, Any, Any, dict[int, list[Any]]]:
                  for g in basic.param_groups]
 
         def note(stepped: Any, args: Any, kwargs: Any, index: int = index, kinds: Any = kinds) -> None:
-            used[index].append({kind: (g["lr"], g["momentum"]) for kind, g in zip(kinds, stepped.param_groups)})
+            if not case.get("config"):
+                used[index].append({kind: (g["lr"], g["momentum"]) for kind, g in zip(kinds, stepped.param_groups)})
+                return
+            for group in stepped.param_groups:  # parameters are flattened there, and ZeRO steps group by group
+                kind = {0.05: 0, 0.1: 1, 0.02: 2}[group["initial_lr"]]
+                if not used[index] or kind in used[index][-1]:
+                    used[index].append({})
+                used[index][-1][kind] = group["lr"], group["momentum"]
 
         basic.register_step_pre_hook(note)
     return engine, optimizer, scheduler, used
@@ -100,7 +108,7 @@ def start(case: dict[str, Any]) -> tuple[Any, Any, Any, dict[int, list[Any]]]:
 
 def rates(case: dict[str, Any]) -> dict[str, Any]:
     """Train and report what each update of each stage stepped with, update by update and call by call."""
-    warnings.simplefilter("error")  # torch's schedulers warn of steps in the wrong order
+    warnings.simplefilter("error", UserWarning)  # torch's schedulers warn of steps in the wrong order
     engine, optimizer, scheduler, used = start(case)
     by_hand = None
     if case["scheduler_as"] == "assigned":
@@ -112,8 +120,13 @@ def rates(case: dict[str, Any]) -> dict[str, Any]:
     if case["scheduler_as"] == "by hand for the instance":
         by_hand = SCHEDULERS[case["scheduler"]](optimizer)
     data, calls = data_of(case, engine), []
-    data = data if data is not None or hasattr(engine, "stages") else None
-    for call in range(case["batches"]):
+    if "load" in case:
+        engine.load_checkpoint(case["load"])
+        for _ in range(case["stop"] if data else 0):
+            next(data)
+    for call in range(case["stop"] if "load" in case else 0, case["batches"]):
+        if "save" in case and call == case["stop"]:
+            engine.save_checkpoint(case["save"])
         before = {s: len(noted) for s, noted in used.items()}
         if case.get("remove") == call:
             taken, engine.lr_scheduler = engine.lr_scheduler, None
@@ -164,3 +177,21 @@ def refused(cases: list[dict[str, Any]]) -> list[str]:
         except (ValueError, RuntimeError) as error:
             messages.append(f"{type(error).__name__}: {error}")
     return messages
+
+
+def heads_moved(case: dict[str, Any]) -> dict[str, Any]:
+    """Local losses with the user's optimizer and scheduler: which parameters of heads moved, and the rates at the end."""
+    config = config_of({**case, "method": "dgl", "stages": 6, "block": {"input_shape": [6]}})
+    del config["optimizer"]
+    model = ds_decoupled.DecoupledPipelineModule(NETS["gpt"](**case["net_args"]), config=config, loss_fn=next_token_loss)
+    optimizer = sgd(list(model.parameters()))
+    engine, *_ = ds_decoupled.initialize(model=model, config=config, optimizer=optimizer,
+                                         lr_scheduler=SCHEDULERS["halves"](optimizer))
+    heads = [p for stage in engine.stages.values() for p in stage.head_parameters]
+    before = [p.detach().clone() for p in heads]
+    data = data_of({**case, "net": "gpt"}, engine)
+    for _ in range(case["batches"]):
+        engine.train_batch(data)
+    engine.drain()
+    return {"moved": [not torch.equal(a, b) for a, b in zip(heads, before)],
+            "rates": [group["lr"] for group in engine.optimizer.param_groups]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,38 @@ def test_any_number_of_ranks() -> None:
     for i in range(len(made)):
         whole = {name: value for results in two for name, value in results[i]["state"].items()}
         assert all(value.equal(whole[name]) for name, value in one[0][i]["state"].items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resume(ranks: int, tmp_path: Path) -> None:
+    """New objects of the user's go on where the saved ones were, stage by stage."""
+    case = {**BASE, "optimizer_as": "instance", "stop": 4}
+    for i, (how, name) in enumerate((("instance", "halves"), ("assigned", "sequence"), ("instance", "cycle"))):
+        one = {**case, "scheduler_as": how, "scheduler": name}
+        whole = worlds.run(ranks, rate_cases.rates, {**one, "save": f"{tmp_path}/{i}"})
+        again = worlds.run(ranks, rate_cases.rates, {**one, "load": f"{tmp_path}/{i}"})
+        for a, b in zip(whole, again):
+            assert a["shown"] == b["shown"] and a["face"] == b["face"]
+            assert all(noted[-len(b["used"][stage]):] == b["used"][stage] for stage, noted in a["used"].items())
+            assert all(value.equal(b["state"][key]) for key, value in a["state"].items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_flattened_parameters(ranks: int) -> None:
+    """DeepSpeed's bf16 and ZeRO-1 put their own parameters into the groups; the rates are the user's all the same."""
+    bf16, zero = {"bf16": {"enabled": True}}, {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    made = [{**BASE, "optimizer_as": "instance", "scheduler_as": "instance", "scheduler": "halves", "config": config}
+            for config in (bf16, zero, {**bf16, **zero})]
+    ranks_results = worlds.run(ranks, rate_cases.all_rates, made)
+    for i, case in enumerate(made):
+        check(case, [results[i] for results in ranks_results])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_heads_learn_from_the_users_optimizer(ranks: int) -> None:
+    """Heads of stage-local losses join its groups: they move, by the same schedule."""
+    for result in worlds.run(ranks, rate_cases.heads_moved, {**BASE, "net": "gpt", "net_args": {"reversible": False}}):
+        assert all(result["moved"]) and result["rates"] == [pytest.approx(0.1 * 0.5 ** 9)] * len(result["rates"])
 
 
 def test_refused_by_name() -> None:

@@ -63,6 +63,15 @@ class GroupsView(torch.optim.Optimizer):
         return [stand_in if position is None else self.basic.param_groups[position]
                 for position, stand_in in zip(self.positions, self._stand_ins)]
 
+    def stand_ins(self) -> list[Group]:
+        """What the stand-ins say, for a checkpoint: schedules go on from the rate that they find."""
+        return [settings_of(group) for group in self._stand_ins]
+
+    def load_stand_ins(self, saved: Sequence[Group]) -> None:
+        """The inverse of :meth:`stand_ins`."""
+        for group, settings in zip(self._stand_ins, saved):
+            write(group, settings)
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         raise RuntimeError("each stage steps after its own k-th backward, inside train_batch()")
 

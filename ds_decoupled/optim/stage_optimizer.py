@@ -65,6 +65,8 @@ class StageOptimizer:
             state["accumulated"] = compat.accumulated(self.optimizer, self.parameters)
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
+            if isinstance(view := getattr(self.lr_scheduler, "optimizer", None), GroupsView):
+                state["stand_ins"] = view.stand_ins()
         return state
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer: bool = True, load_lr_scheduler: bool = True) -> None:
@@ -75,6 +77,8 @@ class StageOptimizer:
             compat.restore_accumulated(self.optimizer, self.parameters, state["accumulated"])
         if self.lr_scheduler is not None and load_lr_scheduler and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if isinstance(view := getattr(self.lr_scheduler, "optimizer", None), GroupsView):
+                view.load_stand_ins(state.get("stand_ins", ()))
         self.of.moved(self)
 
     def weights_replaced(self) -> None:
