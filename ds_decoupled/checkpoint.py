@@ -4,6 +4,7 @@
 
     SAVE_DIR/latest                                     the newest tag
     SAVE_DIR/TAG/layer_00-model_states.pt               one file a layer, DeepSpeed's own format
+    SAVE_DIR/TAG/loss_fn-model_states.pt                the loss's parameters and buffers, where it has any
     SAVE_DIR/TAG/decoupled_stage_00-data_00.pt          one file a stage and replica: optimizer, records, messages on their way
     SAVE_DIR/TAG/decoupled_engine.pt                    counters and the client's state
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ds_decoupled.engine import DecoupledPipelineEngine
 
 
+_LOSS_FILE = "loss_fn-model_states.pt"
+
+
 def _stage_file(folder: str, stage: int, replica: int) -> str:
     return os.path.join(folder, f"decoupled_stage_{stage:02d}-data_{replica:02d}.pt")
 
@@ -42,6 +46,8 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     os.makedirs(folder, exist_ok=True)
     engine.module.save_state_dict(folder, checkpoint_engine=engine.checkpoint_engine, exclude_frozen_params=exclude_frozen)
     replica = engine.mpu.get_data_parallel_rank()
+    if engine.holds_loss and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
+        torch.save(loss_fn.state_dict(), os.path.join(folder, _LOSS_FILE))
     pending = engine.network.pending()
     for index, stage in engine.stages.items():
         messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
@@ -109,8 +115,22 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
 
 
 def _load_weights(engine: DecoupledPipelineEngine, folder: str, strict: bool) -> None:
-    """The layers' weights."""
+    """The layers' weights, and the loss's."""
     engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
+    if (loss_fn := _stateful_loss(engine)) is None:
+        return
+    path = os.path.join(folder, _LOSS_FILE)
+    if os.path.isfile(path):
+        loss_fn.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=strict)
+    elif strict:
+        raise FileNotFoundError(f"loss_fn has parameters or buffers, and {folder} holds none of them ({_LOSS_FILE} is "
+                                "missing); load_module_strict=False leaves them as they are")
+
+
+def _stateful_loss(engine: DecoupledPipelineEngine) -> torch.nn.Module | None:
+    """The pipeline module's ``loss_fn``, where it has parameters or buffers."""
+    loss_fn = engine.module.loss_fn
+    return loss_fn if isinstance(loss_fn, torch.nn.Module) and loss_fn.state_dict() else None
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -6,13 +6,14 @@ private name is still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, MUON_OPTIMIZER
@@ -83,6 +84,11 @@ def tied_keys(module: PipelineModule) -> list[str]:
 def knows_optimizer(name: str) -> bool:
     """Whether DeepSpeed takes ``name`` as an optimizer's type."""
     return name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)
+
+
+def has_expert_layers(module: PipelineModule) -> bool:
+    """Whether a layer here is DeepSpeed's mixture of experts."""
+    return any(isinstance(m, MoE) for m in module.modules())
 
 
 def norms_within_stages(module: PipelineModule) -> None:
@@ -193,8 +199,15 @@ class PipelineEngineBase(PipelineEngine):
         """DeepSpeed's epilogue of a whole-model backward; stages count their own."""
 
 
-def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any]) -> float | None:
-    """Average the gradients over replicas, clip by this optimizer's own norm, step, and clear.
+def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
+                    clip: Callable[[list[Any], float], Any] | None = None) -> float | None:
+    """Average the dense gradients over replicas, clip by this optimizer's own norm, step, and clear.
+
+    Args:
+        engine: whose settings apply.
+        optimizer: DeepSpeed's wrapped optimizer.
+        parameters: its parameters.
+        clip: in the place of ``torch.nn.utils.clip_grad_norm_``.
 
     Returns:
         The gradient norm before clipping, where it was computed.
@@ -202,10 +215,11 @@ def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list
     # On CPU, compiling DeepSpeed's Muon takes 32 s of every process and then saves a fifth of its 7 ms a block of width 128.
     eager = engine.device.type == "cpu" and engine.optimizer_name() == MUON_OPTIMIZER
     with set_stance("force_eager") if eager else nullcontext():
-        return _reduce_and_step(engine, optimizer, parameters)
+        return _reduce_and_step(engine, optimizer, parameters, clip)
 
 
-def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any]) -> float | None:
+def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
+                     clip: Callable[[list[Any], float], Any] | None) -> float | None:
     norm: float | None = None
     if isinstance(optimizer, BF16_Optimizer):
         engine.allreduce_gradients_of(optimizer.get_grads_for_reduction()[0])
@@ -219,10 +233,10 @@ def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: lis
         optimizer.set_gradient_accumulation_boundary(False)
         norm = optimizer._global_grad_norm
     else:
-        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None])
-        clip = engine.gradient_clipping()
-        if clip > 0:
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse])
+        most = engine.gradient_clipping()
+        if most > 0:
+            norm = float((clip or torch.nn.utils.clip_grad_norm_)(parameters, most))
         optimizer.step()
         for parameter in parameters:
             parameter.grad = None

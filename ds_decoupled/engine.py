@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +26,19 @@ from ds_decoupled.links import CODECS, Message
 from ds_decoupled.local_losses import LocalLosses, check_local
 from ds_decoupled.network import Network
 from ds_decoupled.nn.heads import add_up, ensemble
-from ds_decoupled.optim import ClientOptimizer, StageOptimizer, StageOptimizers, lr_divisor, restrict
+from ds_decoupled.optim import (
+    StageOptimizer,
+    StageOptimizers,
+    build_optimizers,
+    build_schedulers,
+    lr_divisor,
+    without_optimizers,
+)
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
+from ds_decoupled.stages.autocast import autocast_of, refuse_ambient
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.stages.heads import groups_with_heads
+from ds_decoupled.start_checks import check_experts, check_loss, check_sparse
 from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
@@ -57,11 +64,16 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
+        check_experts(kwargs["model"])
         super().__init__(*args, **kwargs)
+        if not self.stages:  # DeepSpeed configures an optimizer only where it is given one
+            self._build_stages()
+            without_optimizers(self, self._optimizers)
         self.optimizer = self.basic_optimizer = self._optimizers
         last = placement.stages - 1
         told = [told for part in compat.gather_objects({s: (stage.wants_output, stage.reversible, stage.layer_names)
                                                         for s, stage in self.stages.items()}) for told in part.items()]
+        self._optimizers.find_out()
         check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
         self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
                               flush=self.axes.flush, split_backward=decoupled.split_backward,
@@ -88,47 +100,17 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
         """One optimizer per stage, of the client's kind or the JSON's."""
         self._build_stages()
-        parameters = list(model_parameters)
-        heads = {index: stage.head_parameters if isinstance(stage, LocalStage) else [] for index, stage in self.stages.items()}
-        for index, head in heads.items():  # DeepSpeed's bf16 asks every parameter for its name
-            self.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(head)})
-        if isinstance(client_optimizer, torch.optim.Optimizer):
-            self._optimizers.client = ClientOptimizer(client_optimizer, {s: (stage.trainable, heads[s])
-                                                                         for s, stage in self.stages.items()})
-        for index, stage in self.stages.items():
-            optimizer, basic = self._build_optimizer(index, client_optimizer, parameters, heads[index])
-            self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic,
-                                                          partial(self._lr_divisor, index), self._optimizers)
+        build_optimizers(self, self._optimizers, client_optimizer, list(model_parameters))
+        check_sparse(self)
 
-    def _build_optimizer(self, index: int, client_optimizer: Any, parameters: list[Any], head: list[Any]) -> tuple[Any, Any]:
-        """A stage's wrapped optimizer and the basic one inside; None where it has nothing to train."""
-        client = self._optimizers.client
-        if client is None:
-            own = groups_with_heads(restrict(parameters, self.stages[index].trainable), head)
-            return self.build_optimizer(client_optimizer, own) if own else (None, None)
-        if index not in client.basic:
-            return None, None
-        optimizer, basic = self.build_optimizer(client.basic[index], [])
-        client.built(index, basic)
-        return optimizer, basic
-
-    def _lr_divisor(self, stage: int, updates: int) -> float:
+    def lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
         factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
         return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
-        given, blocks = self.client_lr_scheduler, self.decoupled.stage_schedulers
-        if given is not None and not callable(given):
-            self.lr_scheduler = given
-        made = {}
-        for index, stage in self._optimizers.trained.items():
-            block = None if blocks is None else blocks[index]
-            instance = stage.lr_scheduler if block is None else None
-            made[index] = instance or self.build_lr_scheduler(stage.basic_optimizer, block)
-        if given is None or callable(given) or blocks is not None:
-            self._optimizers.built(made)
+        build_schedulers(self, self._optimizers)
 
     @property
     def lr_scheduler(self) -> Any:
@@ -148,12 +130,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if compiled is not None:
             check_compiler(compiled, self.device)
             compile_layers(self.module.forward_funcs, compiled, outlives_updates(self.axes))
+        autocast = autocast_of(self, outlives_updates(self.axes), compiled is not None)
         for index in self.placement.stages_of(rank):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
             puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
-            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds)
+            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn, seeds,
+                    autocast)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
+        check_loss(self)
         if self.axes.window:
             self.local = LocalLosses(self)
 
@@ -184,6 +169,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
         self._optimizers.before_batch()
+        refuse_ambient(self, "train_batch")
         self._train_mode()
         if self.local is not None:
             self.local.before_batch(ended=self._end is not None)
@@ -269,6 +255,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The mean loss of what was finished, as :meth:`train_batch` gives it.
         """
+        refuse_ambient(self, "drain")
         self._train_mode()
         self._losses.clear()
         self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
@@ -296,8 +283,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.global_samples += self.train_batch_size()
         self.agg_train_loss = loss
         if self.global_rank == 0 and self.monitor.enabled:
+            rates = self.get_lr()[:1]  # none on a rank with nothing to train
             self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples),
-                                       ("Train/Samples/lr", self.get_lr()[0], self.global_samples)])
+                                       *(("Train/Samples/lr", rate, self.global_samples) for rate in rates)])
         every = self.steps_per_print()
         if self.global_rank == 0 and every is not None and self.global_steps % every == 0:
             rate = self.train_batch_size() * self.global_steps / self.train_seconds
@@ -453,6 +441,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Works at any time; what is in flight is left untouched. Micro-batches may have any size. Arguments and result are
         DeepSpeed's; only the first stage's ranks need the iterator.
         """
+        refuse_ambient(self, "eval_batch")
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         self.module.eval()
         self.network.expect_evaluation(count)

@@ -83,7 +83,8 @@ class ReversibleCoupling(nn.Module):
         x2 = y1 - residual.detach()
         dx1 = dy2
         if dy1 is not None and residual.requires_grad:
-            torch.autograd.backward(residual, dy1.to(residual.dtype))
+            with torch.autocast(residual.device.type, enabled=False):  # the caller's is for forward passes
+                torch.autograd.backward(residual, dy1.to(residual.dtype))
             if x1.grad is not None:
                 dx1 = x1.grad if dy2 is None else x1.grad.add_(dy2)
         return (y2, x2, *rest), (dx1, dy1, *(None for _ in rest))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ds_decoupled import compat
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.optim import sparse
 from ds_decoupled.optim.client import ClientOptimizer
 from ds_decoupled.optim.groups import Group, GroupsView
 from ds_decoupled.optim.lr_by_delay import divided_lr
@@ -51,8 +52,11 @@ class StageOptimizer:
         if self.optimizer is None:
             return
         self.of.before_step()
+        rows = [p for p in self.parameters if p.grad is not None and p.grad.is_sparse]
+        if rows and self.engine.is_data_parallel:
+            sparse.average(rows, self.engine.mpu.get_data_parallel_group())
         with divided_lr(self.basic_optimizer.param_groups, divisor):
-            self.grad_norm = compat.reduce_and_step(self.engine, self.optimizer, self.parameters)
+            self.grad_norm = compat.reduce_and_step(self.engine, self.optimizer, self.parameters, sparse.clip if rows else None)
         if self.lr_scheduler is not None and not getattr(self.optimizer, "overflow", False):  # as DeepSpeed counts
             advance(self.lr_scheduler, self.engine.train_batch_size())
         self.of.moved(self)
@@ -100,6 +104,7 @@ class StageOptimizers(Optimizer):
 
     Attributes:
         client: the user's own instance, if there is one.
+        missing: what keeps ``train_batch`` from training, in words.
     """
 
     _opt_called = True  # torch's schedulers warn where they are stepped first, as is right while the pipeline fills
@@ -109,6 +114,7 @@ class StageOptimizers(Optimizer):
         self.by_stage = by_stage
         self.shared = shared
         self.client: ClientOptimizer | None = None
+        self.missing = ""
         self._scheduler: Any = None
         self._taken_out: tuple[Any, dict[int, Any]] = None, {}
 
@@ -206,12 +212,20 @@ class StageOptimizers(Optimizer):
 
     # -- told by the stages -------------------------------------------------------------------------------------------------
 
+    def find_out(self) -> None:
+        """Whether any rank has something to train. A collective call."""
+        if not any(compat.gather_objects(bool(self.trained))) and not self.missing:
+            self.missing = ("train_batch has nothing to train: no parameter that the optimizer was given requires a gradient; "
+                            "eval_batch works all the same")
+
     def before_batch(self) -> None:
         """A call of ``train_batch`` begins.
 
         Raises:
-            RuntimeError: on every rank, where the user's optimizer is not what it was.
+            RuntimeError: on every rank, where there is nothing to train, or the user's optimizer is not what it was.
         """
+        if self.missing:
+            raise RuntimeError(self.missing)
         if self.client is not None:
             self.client.check()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.batch_norm import tracking_modules
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
@@ -25,11 +26,13 @@ class Layers:
         functions: the layers.
         first: the first one's index in the whole model.
         seeds: their random seeds.
+        autocast: how they run.
     """
 
     functions: Sequence[Layer]
     first: int
     seeds: LayerSeeds
+    autocast: Autocast = Autocast()
     norms: list[_NormBase] = field(init=False)
     _copy_input: bool | None = field(init=False, default=None)
 
@@ -39,9 +42,10 @@ class Layers:
     def __call__(self, inputs: Tensors, micro_batch: int) -> Tensors:
         """The last layer's output."""
         x: Any = inputs
-        for index, layer in enumerate(self.functions, self.first):
-            self.seeds.set(index, micro_batch)
-            x = layer(x)
+        with self.autocast.forward():
+            for index, layer in enumerate(self.functions, self.first):
+                self.seeds.set(index, micro_batch)
+                x = layer(x)
         as_tuple(x)
         return x
 

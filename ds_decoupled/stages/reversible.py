@@ -72,12 +72,13 @@ class ReversibleRun(Run):
         layer: Any = self.layers.functions[index]
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         if hasattr(layer, "reverse"):
-            return layer.reverse(outputs, grads)
-        with torch.no_grad(), frozen_statistics(tracking_modules([layer])):
+            with self.layers.autocast.forward():
+                return layer.reverse(outputs, grads)
+        with torch.no_grad(), self.layers.autocast.forward(), frozen_statistics(tracking_modules([layer])):
             rebuilt = detach(layer.inverse(outputs))
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         inputs = leaves(rebuilt, True)
-        with torch.enable_grad():
+        with torch.enable_grad(), self.layers.autocast.forward():
             again = layer(inputs)
         backward(again, grads)
         return rebuilt, input_gradients(inputs)
