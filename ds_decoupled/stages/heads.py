@@ -109,7 +109,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
     Raises:
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
-    chosen = name if name is not None else "lm" if as_tuple(outputs)[0].dim() == 3 else "mlp-sr"
+    chosen = name if name is not None else {2: "mlp", 3: "lm"}.get(as_tuple(outputs)[0].dim(), "mlp-sr")
     copied, blocks = copied_layers(chosen), shared_blocks(chosen)
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
         if blocks is not None:
@@ -124,7 +124,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         parameter.use_muon = False  # type: ignore[attr-defined]  # DeepSpeed's Muon asks every parameter
     _place(head, like, device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeded(mix(seed, 0x68656164, stage)):  # lazy layers get their weights here
             head.eval()(outputs)
     except Exception as error:
         raise ConfigError("decoupled.head", str(chosen), f"it does not run on what stage {stage} gives: "
