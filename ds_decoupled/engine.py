@@ -38,7 +38,7 @@ from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
 from ds_decoupled.stages.autocast import autocast_of, refuse_ambient
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.start_checks import check_experts, check_loss, check_sparse
+from ds_decoupled.start_checks import check_experts, check_loss, check_sparse, check_zero
 from ds_decoupled.tensors import Gradients, Tensors, to_device
 from ds_decoupled.tracker import GradientTracker
 
@@ -65,6 +65,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
         check_experts(kwargs["model"])
+        check_zero(kwargs["config_class"], kwargs.get("optimizer"))
         super().__init__(*args, **kwargs)
         if not self.stages:  # DeepSpeed configures an optimizer only where it is given one
             self._build_stages()

@@ -23,8 +23,7 @@ def test_sparse_gradients_are_gradients() -> None:
     """As dense ones, where the optimizer does the same to both: with clipping, with replicas, followed by the tracker."""
     sgd = {"type": "SGD", "params": {"lr": 0.5}}
     ways: list[dict[str, Any]] = [{"bag": bag, "clip": clip, "method": method, "block": {"track_gradients": 3}}
-                                  for bag, clip, method in ((False, 0.0, "delayed"), (True, 0.05, "dsp"), (False, 0.05, "reversible"))
-                                  if method != "reversible"]
+                                  for bag, clip, method in ((False, 0.0, "delayed"), (True, 0.05, "dsp"))]
     made = [{**BASE, "kind": "words", "optimizer": sgd, "sparse": sparse, **way} for way in ways for sparse in (False, True)]
     one, two = (worlds.run(ranks, start_cases.learn_many, made) for ranks in (1, 2))
     both = worlds.run(4, start_cases.learn_many, [{**case, "pipe_ranks": 2} for case in made])
@@ -45,7 +44,7 @@ def test_sparse_gradients_that_cannot_be_are_refused() -> None:
             for more in ({"optimizer": adam}, {"optimizer": decay}, {"config": BF16},
                          {"config": {**ZERO, "zero_allow_untested_optimizer": True}})]
     for results in worlds.run(2, start_cases.learn_many, made):
-        for result, words in zip(results, (["AdamW", "sparse"], ["SGD", "weight_decay"], ["bf16"], ["ZeRO"])):
+        for result, words in zip(results, (["AdamW", "sparse"], ["SGD", "sparse"], ["bf16"], ["ZeRO"])):
             assert result["message"].startswith('ConfigError: "model": \'Embedding(sparse=True)\''), result["message"]
             assert all(word in result["message"] for word in words), result["message"]
 
@@ -78,10 +77,12 @@ def test_engines_that_cannot_train_evaluate(ranks: int) -> None:
                          {"no_optimizer": True, "config": ZERO}, {"frozen": [0, 1, 2, 3]}, {"frozen": [0, 1]},
                          {"no_optimizer": True, "method": "dgl", "block": {"input_shape": [20]}})]
     for results in worlds.run(ranks, start_cases.learn_many, made):
+        zero = results.pop(2)["message"]  # as in DeepSpeed
+        assert all(word in zero for word in ("ConfigError", "zero_optimization.stage", "optimizer"))
         assert all(result["value"] == result["value"] for result in results)
-        for result in (*results[:3], results[5]):
+        for result in (*results[:2], results[4]):
             assert "needs an optimizer" in result["message"]
-        assert "nothing to train" in results[3]["message"] and results[4]["message"] == ""
+        assert "nothing to train" in results[2]["message"] and results[3]["message"] == ""
 
 
 def test_heads_on_feature_vectors() -> None:
