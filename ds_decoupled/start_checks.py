@@ -37,7 +37,8 @@ def check_zero(config: Any, optimizer: Any) -> None:
     """Raises ConfigError for ZeRO without an optimizer, on every rank, before DeepSpeed asserts that there is one."""
     if config.zero_enabled and optimizer is None and config.optimizer_name is None:
         raise ConfigError("zero_optimization.stage", config.zero_optimization_stage, "it spreads an optimizer's state, and "
-                          "there is no optimizer", 'Give an "optimizer" block, or leave "zero_optimization" out to evaluate alone.')
+                          "there is no optimizer", 'Give an "optimizer" block, or leave "zero_optimization" out to '
+                          "evaluate alone.")
 
 
 def check_sparse(engine: DecoupledPipelineEngine) -> None:

@@ -26,8 +26,8 @@ def test_as_deepspeeds_own_engine() -> None:
 
 def test_every_pass_on_any_number_of_ranks() -> None:
     """Forward, recomputation, reconstruction, heads and evaluation."""
-    ways: list[tuple[str, dict[str, Any]]] = [("delayed", {}), ("dsp", {}), ("petra", {}), ("pipedream", {}), ("reversible", {}),
-                                              ("overlapping", {"input_shape": [2, 8, 8]})]
+    ways: list[tuple[str, dict[str, Any]]] = [("delayed", {}), ("dsp", {}), ("petra", {}), ("pipedream", {}),
+                                              ("reversible", {}), ("overlapping", {"input_shape": [2, 8, 8]})]
     made = [{**BASE, "method": method, "block": block} for method, block in ways]
     one, two = (worlds.run(ranks, autocast_cases.learn_many, made) for ranks in (1, 2))
     for i, case in enumerate(made):

@@ -191,8 +191,9 @@ def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
             readout = make_readout(layer_specs(module), like, engine.device)
         for (index, stage), given in zip(stages.items(), here):
             if isinstance(stage, LocalStage) and first_loss <= index < last:
-                stage.head = make_head(config.head, given, outputs, getattr(module, "base_seed", 0), index, like, engine.device,
-                                       layer_specs(module), readout)
+                with stage.autocast.forward():
+                    stage.head = make_head(config.head, given, outputs, getattr(module, "base_seed", 0), index, like,
+                                           engine.device, layer_specs(module), readout)
     except ConfigError as error:
         failure = error
     first = next((fields for fields in gather_objects(failure and failure.fields) if fields), None)
