@@ -4,6 +4,7 @@
 
     SAVE_DIR/latest                                     the newest tag
     SAVE_DIR/TAG/layer_00-model_states.pt               one file a layer, DeepSpeed's own format
+    SAVE_DIR/TAG/loss_fn-model_states.pt                the loss's parameters and buffers, where it has any
     SAVE_DIR/TAG/decoupled_stage_00-data_00.pt          one file a stage and replica: optimizer, records, messages on their way
     SAVE_DIR/TAG/decoupled_engine.pt                    counters and the client's state
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from ds_decoupled.engine import DecoupledPipelineEngine
 
 
+_LOSS_FILE = "loss_fn-model_states.pt"
+
+
 def _stage_file(folder: str, stage: int, replica: int) -> str:
     return os.path.join(folder, f"decoupled_stage_{stage:02d}-data_{replica:02d}.pt")
 
@@ -43,6 +47,8 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     os.makedirs(folder, exist_ok=True)
     engine.module.save_state_dict(folder, checkpoint_engine=engine.checkpoint_engine, exclude_frozen_params=exclude_frozen)
     replica = engine.mpu.get_data_parallel_rank()
+    if engine.holds_loss and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
+        torch.save(loss_fn.state_dict(), os.path.join(folder, _LOSS_FILE))
     pending = engine.network.pending()
     for index, stage in engine.stages.items():
         messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
@@ -76,8 +82,13 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
     if not os.path.isfile(os.path.join(folder, "decoupled_engine.pt")):
         raise FileNotFoundError(f"{folder} holds no checkpoint of a decoupled engine (decoupled_engine.pt is missing)")
     state = torch.load(os.path.join(folder, "decoupled_engine.pt"), map_location="cpu", weights_only=False)
-    engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
     if module_only:
+        if engine._tick:
+            raise RuntimeError("load_checkpoint(load_module_only=True) needs an empty pipeline, because the gradients that are "
+                               "on their way are those of other weights: call drain() first")
+        _load_weights(engine, folder, strict)
+        for optimizer in engine.stage_optimizers.values():
+            optimizer.weights_replaced()
         return folder, state["client_state"]
     axes, in_flight = asdict(engine.axes), state["run"][2] > 0
     told = state.get("axes", axes)  # older checkpoints do not tell
@@ -91,6 +102,8 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         if saved != here:
             raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
                              "flight fits only the same ones; load_module_only=True loads the weights alone.")
+    engine.network.pending()  # takes in what is on its way; it is of a run that ends here
+    _load_weights(engine, folder, strict)
     engine.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
     replica = engine.mpu.get_data_parallel_rank()
@@ -103,10 +116,31 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
             pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     engine._first_micro_batch, engine._fed, engine._tick = state["run"]
+    engine._end = None
+    engine._batches.clear()
     engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)
     if engine.tracker is not None:
         engine.tracker.forget(engine._first_micro_batch + engine._fed)
     return folder, state["client_state"]
+
+
+def _load_weights(engine: DecoupledPipelineEngine, folder: str, strict: bool) -> None:
+    """The layers' weights, and the loss's."""
+    engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
+    if (loss_fn := _stateful_loss(engine)) is None:
+        return
+    path = os.path.join(folder, _LOSS_FILE)
+    if os.path.isfile(path):
+        loss_fn.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=strict)
+    elif strict:
+        raise FileNotFoundError(f"loss_fn has parameters or buffers, and {folder} holds none of them ({_LOSS_FILE} is "
+                                "missing); load_module_strict=False leaves them as they are")
+
+
+def _stateful_loss(engine: DecoupledPipelineEngine) -> torch.nn.Module | None:
+    """The pipeline module's ``loss_fn``, where it has parameters or buffers."""
+    loss_fn = engine.module.loss_fn
+    return loss_fn if isinstance(loss_fn, torch.nn.Module) and loss_fn.state_dict() else None
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, MUON_OPTIMIZER
@@ -26,13 +27,15 @@ from torch.compiler import set_stance
 from ds_decoupled.collectives import gather, together
 from ds_decoupled.errors import ConfigError, RankError
 
+T = TypeVar("T")
+
 #: Private names by owner, for the test that they are still there.
 PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
     PipelineEngine: ("_do_sanity_check", "_configure_distributed_model", "_configure_optimizer", "_configure_lr_scheduler",
                      "_train_schedule", "_exec_schedule", "_next_batch",
                      "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
-                     "_reduce_non_expert_gradients"),
+                     "_reduce_non_expert_gradients", "_scheduler_from_config"),
 }
 
 
@@ -142,6 +145,11 @@ def knows_optimizer(name: str) -> bool:
     return name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)
 
 
+def has_expert_layers(module: PipelineModule) -> bool:
+    """Whether a layer here is DeepSpeed's mixture of experts."""
+    return any(isinstance(m, MoE) for m in module.modules())
+
+
 def norms_within_stages(module: PipelineModule) -> None:
     """Make gradient norms and overflow flags a matter of the stage alone.
 
@@ -210,10 +218,10 @@ class GuardedPipelineEngine(PipelineEngine):
         return {"type": name(), "params": params()}
 
 
-def _naming(setting: str, value: Any, action: Callable[[], Any]) -> None:
+def _naming(setting: str, value: Any, action: Callable[[], T]) -> T:
     """``action``, whose raw errors get the name and the value of the setting that they come from."""
     try:
-        action()
+        return action()
     except (ConfigError, RankError):
         raise
     except Exception as error:
@@ -251,22 +259,19 @@ class PipelineEngineBase(GuardedPipelineEngine):
         self.make_optimizer(client_optimizer, parameters)
         return self.optimizer, self.basic_optimizer
 
-    def build_lr_scheduler(self, optimizer: Any, basic_optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
-        """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's or the JSON's; None
-        where there is none."""
-        self.optimizer, self.basic_optimizer = optimizer, basic_optimizer
+    def build_lr_scheduler(self, optimizer: Any, block: Mapping[str, Any] | None = None) -> Any:
+        """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's callable's or the
+        JSON's; None where there is none."""
+        if block is None and callable(self.client_lr_scheduler):
+            return self.client_lr_scheduler(optimizer)
         config: Any = self._config
-        client = self.client_lr_scheduler
         usual = config.scheduler_name, config.scheduler_params
         try:
             if block is not None:
-                self.client_lr_scheduler = None
                 config.scheduler_name, config.scheduler_params = block["type"], block.get("params", {})
-            self.make_lr_scheduler()
+            return _naming("scheduler", self._asked_for("scheduler", None), lambda: self._scheduler_from_config(optimizer))
         finally:
-            self.client_lr_scheduler = client
             config.scheduler_name, config.scheduler_params = usual
-        return self.lr_scheduler
 
     def run_schedule(self, schedule: PipeSchedule) -> None:
         """Execute every instruction of ``schedule``."""
@@ -308,8 +313,15 @@ class PipelineEngineBase(GuardedPipelineEngine):
         """DeepSpeed's epilogue of a whole-model backward; stages count their own."""
 
 
-def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any]) -> float | None:
-    """Average the gradients over replicas, clip by this optimizer's own norm, step, and clear.
+def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
+                    clip: Callable[[list[Any], float], Any] | None = None) -> float | None:
+    """Average the dense gradients over replicas, clip by this optimizer's own norm, step, and clear.
+
+    Args:
+        engine: whose settings apply.
+        optimizer: DeepSpeed's wrapped optimizer.
+        parameters: its parameters.
+        clip: in the place of ``torch.nn.utils.clip_grad_norm_``.
 
     Returns:
         The gradient norm before clipping, where it was computed.
@@ -317,10 +329,11 @@ def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list
     # On CPU, compiling DeepSpeed's Muon takes 32 s of every process and then saves a fifth of its 7 ms a block of width 128.
     eager = engine.device.type == "cpu" and engine.optimizer_name() == MUON_OPTIMIZER
     with set_stance("force_eager") if eager else nullcontext():
-        return _reduce_and_step(engine, optimizer, parameters)
+        return _reduce_and_step(engine, optimizer, parameters, clip)
 
 
-def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any]) -> float | None:
+def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
+                     clip: Callable[[list[Any], float], Any] | None) -> float | None:
     norm: float | None = None
     if isinstance(optimizer, BF16_Optimizer):
         engine.allreduce_gradients_of(optimizer.get_grads_for_reduction()[0])
@@ -334,10 +347,10 @@ def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: lis
         optimizer.set_gradient_accumulation_boundary(False)
         norm = optimizer._global_grad_norm
     else:
-        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None])
-        clip = engine.gradient_clipping()
-        if clip > 0:
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse])
+        most = engine.gradient_clipping()
+        if most > 0:
+            norm = float((clip or torch.nn.utils.clip_grad_norm_)(parameters, most))
         optimizer.step()
         for parameter in parameters:
             parameter.grad = None
@@ -359,11 +372,14 @@ def accumulated(optimizer: Any, parameters: list[Any]) -> list[Tensor | None]:
 
 
 def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tensor | None]) -> None:
-    """The inverse of :func:`accumulated`."""
+    """The inverse of :func:`accumulated`; whatever was accumulated before is gone."""
     if isinstance(optimizer, BF16_Optimizer):
-        for flat, saved in zip(optimizer.fp32_groups_gradients_flat, grads):
+        optimizer.clear_lp_grads(set_to_none=True)
+        for index, (flat, saved) in enumerate(zip(optimizer.fp32_groups_gradients_flat, grads)):
             assert saved is not None
             flat.copy_(saved)
+            # Norm and clipping heed only what is marked; what is zero adds nothing to either.
+            optimizer.fp32_groups_has_gradients[index] = [bool(g.any()) for g in optimizer.fp32_groups_gradients[index]]
         return
     for parameter, grad in zip(parameters, grads):
         parameter.grad = None if grad is None else grad.to(parameter.device)
@@ -379,12 +395,29 @@ def from_first_rank(value: Any) -> Any:
 gather_objects = gather
 
 
-def load_optimizer(optimizer: Any, state: Any) -> None:
-    """Load what ``optimizer.state_dict()`` gave on this rank."""
+def drop_accumulated(optimizer: Any, parameters: list[Any]) -> None:
+    """Forget what has been accumulated."""
+    if isinstance(optimizer, BF16_Optimizer):
+        optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def refresh_masters(optimizer: Any) -> None:
+    """The weights were replaced: where the optimizer keeps float32 copies of them, take those from the weights, or the next
+    step would bring the old ones back."""
+    if hasattr(optimizer, "refresh_fp32_params"):
+        optimizer.refresh_fp32_params()
+
+
+def load_optimizer(optimizer: Any, state: Any, load_states: bool = True) -> None:
+    """Load what ``optimizer.state_dict()`` gave on this rank: float32 copies of the weights always, moments and rates if
+    ``load_states``."""
     if isinstance(optimizer, BF16_Optimizer) or hasattr(optimizer, "reduce_gradients"):
         rank = dist.get_rank(group=optimizer.dp_process_group)
         # Both index a list of all replicas' states by their own rank and need nothing of the others.
         states = [state if r == rank else None for r in range(dist.get_world_size(group=optimizer.dp_process_group))]
-        optimizer.load_state_dict(states, load_optimizer_states=True)
-    else:
+        # Without the last argument the copies keep the values that they have (bf16) or lose the bits that the weights lack.
+        optimizer.load_state_dict(states, load_optimizer_states=load_states, load_from_fp32_weights=True)
+    elif load_states:
         optimizer.load_state_dict(state)

@@ -112,11 +112,11 @@ class DecoupledConfig(BaseModel):
         losses: which of the window's losses a stage learns from: their ``"sum"`` or the ``"farthest"`` alone.
         head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own last
             layers, or ``"module:callable"`` (:mod:`ds_decoupled.nn.heads`); by default ``"lm"`` where stages give
-            ``(N, T, width)``, else ``"mlp-sr"``.
+            ``(N, T, width)``, ``"mlp"`` where ``(N, features)``, else ``"mlp-sr"``.
         head_refresh: updates after which a shared head is brought up to date.
         ensemble: whether evaluation asks all heads, and takes the mean of their probabilities.
-        input_shape: of one sample, so that heads can be built where the module has no ``sample_input``; token ids have one
-            dimension.
+        input_shape: of one sample, so that heads can be built where the module has no ``sample_input``. Token ids are
+            tried first where it has one dimension, numbers elsewhere; then the other.
         queue: micro-batches that a stage may run ahead of the next where nothing comes back from it.
         stage_lr: the learning rate of each stage, as a factor (one per stage).
         stage_schedulers: the LR scheduler of each stage, as DeepSpeed's ``scheduler`` block; null is for the JSON's own.

@@ -14,7 +14,6 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +32,20 @@ from ds_decoupled.links import CODECS, Message
 from ds_decoupled.local_losses import LocalLosses, check_local
 from ds_decoupled.network import Network
 from ds_decoupled.nn.heads import add_up, ensemble
-from ds_decoupled.optim import StageOptimizer, StageOptimizers, client_for_stage, lr_divisor, restrict
+from ds_decoupled.optim import (
+    StageOptimizer,
+    StageOptimizers,
+    build_optimizers,
+    build_schedulers,
+    lr_divisor,
+    without_optimizers,
+)
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
+from ds_decoupled.stages.autocast import autocast_of, refuse_ambient
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.stages.heads import groups_with_heads
 from ds_decoupled.stages.randomness import drawn_seed
+from ds_decoupled.start_checks import check_experts, check_loss, check_sparse, check_zero
 from ds_decoupled.tensors import Gradients, Tensors
 from ds_decoupled.tracker import GradientTracker
 
@@ -64,11 +71,18 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.stages: dict[int, Stage] = {}
         self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
+        self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
+        check_experts(kwargs["model"])
+        check_zero(kwargs["config_class"], kwargs.get("optimizer"))
         super().__init__(*args, **kwargs)
-        self.optimizer = StageOptimizers(self.stage_optimizers)
+        if not self.stages:  # DeepSpeed configures an optimizer only where it is given one
+            self._make_stages()
+            without_optimizers(self, self._optimizers)
+        self.optimizer = self.basic_optimizer = self._optimizers
         last = placement.stages - 1
         told = [told for part in compat.gather_objects({s: (stage.wants_output, stage.reversible, stage.layer_names)
                                                         for s, stage in self.stages.items()}) for told in part.items()]
+        self._optimizers.find_out()
         check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
         self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
                               flush=self.axes.flush, split_backward=decoupled.split_backward,
@@ -100,21 +114,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
         """One optimizer per stage, of the client's kind or the JSON's."""
-        together(self._build_stages)
-        if self.axes.window:
-            self.local = LocalLosses(self)
-        together(partial(self._build_optimizers, client_optimizer, list(model_parameters)))
+        self._make_stages()
+        together(lambda: build_optimizers(self, self._optimizers, client_optimizer, list(model_parameters)))
+        check_sparse(self)
 
-    def _build_optimizers(self, client_optimizer: Any, parameters: list[Any]) -> None:
-        for index, stage in self.stages.items():
-            head = stage.head_parameters if isinstance(stage, LocalStage) else []
-            own = groups_with_heads(restrict(parameters, stage.trainable), head)
-            client = client_for_stage(client_optimizer, own, len(self.stages)) if own else None
-            optimizer, basic = self.build_optimizer(client, own) if own else (None, None)
-            self.stage_optimizers[index] = StageOptimizer(self, stage.trainable, optimizer, basic,
-                                                          partial(self._lr_divisor, index))
-
-    def _lr_divisor(self, stage: int, updates: int) -> float:
+    def lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
         factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
         if factor == 0:
@@ -123,32 +127,43 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     def configure_lr_schedulers(self) -> None:
         """One LR scheduler per stage, which counts that stage's updates."""
-        together(self._build_lr_schedulers)
+        together(lambda: build_schedulers(self, self._optimizers))
 
-    def _build_lr_schedulers(self) -> None:
-        own = self.decoupled.stage_schedulers
-        for index, stage in self.stage_optimizers.items():
-            if stage.optimizer is not None:
-                block = None if own is None else own[index]
-                stage.lr_scheduler = self.build_lr_scheduler(stage.optimizer, stage.basic_optimizer, block)
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler that was given, brought to where this rank's topmost stage is; or that stage's own. One that is
+        assigned drives every stage by its own updates, None lets the rates stay (on this rank: assign it on all)."""
+        return self._optimizers.lr_scheduler
 
-    def _build_stages(self) -> None:
-        rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self._optimizers.set_lr_scheduler(scheduler)
+
+    def _make_stages(self) -> None:
+        """This rank's stages, with their heads. A collective call."""
         # A plain module's base_seed is a constant that nobody chose.
         chosen = self.module.base_seed if isinstance(self.module, compat.PipelineModuleBase) else None
         base = compat.from_first_rank(drawn_seed()) if chosen is None else chosen
         self.seeds = LayerSeeds(base, self.mpu.get_data_parallel_rank(), self.device, compat.layer_seeding(self.module))
+        together(self._build_stages)
+        check_loss(self)
+        if self.axes.window:
+            self.local = LocalLosses(self)
+
+    def _build_stages(self) -> None:
+        rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
         start = self.placement.rank_layer_bounds[rank]
         compiled = self.decoupled.compile_settings()
         if compiled is not None:
             check_compiler(compiled, self.device)
             compile_layers(self.module.forward_funcs, compiled, outlives_updates(self.axes))
+        autocast = autocast_of(self, outlives_updates(self.axes), compiled is not None)
         for index in self.placement.stages_of(rank):
             layers = self.placement.layers_of(index)
             functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
             puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
             args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn,
-                    self.seeds)
+                    self.seeds, autocast)
             self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
 
     def _local_stage(self, index: int, *args: Any) -> LocalStage:
@@ -180,6 +195,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
+        self._optimizers.before_batch()
+        refuse_ambient(self, "train_batch")
         with self._failure_told():
             self._check_hooks()
             self._train_mode()
@@ -302,6 +319,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The mean loss of what was finished, as :meth:`train_batch` gives it.
         """
+        refuse_ambient(self, "drain")
         with self._failure_told():
             self._train_mode()
             self._losses.clear()
@@ -333,8 +351,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         self.global_samples += self.train_batch_size()
         self.agg_train_loss = loss
         if self.global_rank == 0 and self.monitor.enabled and self._losses:  # none, while the pipeline fills
+            rates = self.get_lr()[:1]  # none on a rank with nothing to train
             self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples),
-                                       ("Train/Samples/lr", self.get_lr()[0], self.global_samples)])
+                                       *(("Train/Samples/lr", rate, self.global_samples) for rate in rates)])
         every = self.steps_per_print()
         if self.global_rank == 0 and every is not None and self.global_steps % every == 0:
             rate = self.train_batch_size() * self.global_steps / self.train_seconds
@@ -502,6 +521,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Raises:
             StopIteration, BatchError, PeerError: as :meth:`train_batch`, on every rank in the same call.
         """
+        refuse_ambient(self, "eval_batch")
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         if count < 1:
             raise ValueError(f"eval_batch(num_micro_batches={num_micro_batches}): at least 1 is needed")

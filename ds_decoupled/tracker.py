@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ds_decoupled.engine import DecoupledPipelineEngine
 
 
+def _flat(grad: Tensor) -> Tensor:
+    return (grad.to_dense() if grad.is_sparse else grad).float().flatten()
+
+
 class GradientTracker:
     """Compares gradients; see the module's text.
 
@@ -83,7 +87,7 @@ class GradientTracker:
     def _compare(self, micro_batch: int) -> None:
         for stage, exact in self._exact(micro_batch).items():
             used = self._used.pop((micro_batch, stage))
-            pairs = [(g.float().flatten(), e.float().flatten()) for g, e in zip(used, exact) if g is not None and e is not None]
+            pairs = [(_flat(g), _flat(e)) for g, e in zip(used, exact) if g is not None and e is not None]
             if not pairs:
                 continue
             g, e = (torch.cat(side) for side in zip(*pairs))

@@ -11,6 +11,7 @@ import worlds
 
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links import CODECS, LocalLink, Message, RemoteReceiver, RemoteSender
+from ds_decoupled.links import message as wire
 
 
 def messages() -> list[Message]:
@@ -89,8 +90,23 @@ def test_another_micro_batch_is_an_error() -> None:
         link.recv(0, "stage 2")
 
 
-def test_too_many_tensors() -> None:
-    sender = RemoteSender.__new__(RemoteSender)
-    sender.codec = CODECS["none"]
-    with pytest.raises(LinkError, match="Pass fewer tensors"):
-        sender.send(Message(0, (tuple(torch.ones(1, 1, 1) for _ in range(40)),)))
+def test_any_number_of_tensors_fits() -> None:
+    """The header grows: hundreds of tensors, any number of dimensions, and the types that torch has."""
+    kinds = [torch.float16, torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.bool, torch.complex64]
+    tensors = tuple(torch.ones([1 + i % 3] * (i % 9)).to(kinds[i % len(kinds)]) for i in range(500))
+    message = Message(7, (tensors, None, tensors[1]))
+    header, size = wire.encode_header(message, CODECS["none"])
+    assert len(header) % wire.HEADER_INTS == 0 and len(header) > 2000 and size % 64 == 0
+    buffer = torch.empty(size, dtype=torch.uint8)
+    wire.write(message, header, buffer, CODECS["none"])
+    came = wire.read(buffer, CODECS["none"], torch.device("cpu"))
+    assert wire.read_size(buffer) == size and came.micro_batch == 7 and came.parts[1] is None
+    assert len(came.parts[0]) == 500
+    for a, b in zip((*tensors, tensors[1]), (*came.parts[0], came.parts[2])):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.reshape(-1).view(torch.uint8).equal(b.reshape(-1).view(torch.uint8))
+
+
+def test_what_cannot_travel_is_named() -> None:
+    with pytest.raises(LinkError, match="sparse_coo.*cannot travel"):
+        wire.encode_header(Message(0, (torch.eye(3).to_sparse(),)), CODECS["none"])

@@ -2,12 +2,12 @@
 
 ::
 
-    header (1 KiB of int64)                      payload, every tensor 64-byte aligned
-    size of this buffer | micro-batch | structure of the parts: types and shapes | ...
+    header (int64, a multiple of 1 KiB)                           payload, every tensor 64-byte aligned
+    size of this buffer | micro-batch | numbers in the header | structure of the parts: types and shapes | ...
 
-The header carries the layout, so shapes may change from message to message. A receive must be posted before the size of
-its message is known; it is posted with the size of the last one. A message of another size is announced by a buffer of
-the old size whose header says so; the receiver then posts a receive of the new size.
+The header carries the layout, so shapes may change from message to message; it grows with what it has to say. A receive must
+be posted before the size of its message is known; it is posted with the size of the last one. A message of another size is
+announced by a buffer of the old size whose header says so; the receiver then posts a receive of the new size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links.codec import Codec
 
-HEADER_INTS = 128
+HEADER_INTS = 128  # of the smallest header; a longer one is a multiple
 HEADER_BYTES = HEADER_INTS * 8
 _ALIGN = 64
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
-           torch.int64, torch.bool, torch.complex64, torch.complex128)
+           torch.int64, torch.bool, torch.complex64, torch.complex128, torch.complex32, torch.uint16, torch.uint32,
+           torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _DTYPE_ID = {dtype: i for i, dtype in enumerate(_DTYPES)}
 _ABSENT = -1
 
@@ -55,29 +56,30 @@ def _aligned(nbytes: int) -> int:
 
 def encode_header(message: Message, codec: Codec) -> tuple[list[int], int]:
     """The header of ``message`` and the size in bytes of its buffer."""
-    header = [0, message.micro_batch, len(message.parts)]
-    size = HEADER_BYTES
+    header = [0, message.micro_batch, 0, len(message.parts)]
+    size = 0
     for part in message.parts:
         header.append(-1 if part is None else 0 if isinstance(part, Tensor) else len(part) + 1)
         for tensor in () if part is None else (part,) if isinstance(part, Tensor) else part:
             if tensor is None:
                 header.append(_ABSENT)
                 continue
-            if tensor.dtype not in _DTYPE_ID:
-                raise LinkError(f"tensors of type {tensor.dtype} cannot travel between ranks")
+            if tensor.dtype not in _DTYPE_ID or tensor.layout is not torch.strided:
+                kind = tensor.dtype if tensor.layout is torch.strided else f"{tensor.layout} layout"
+                raise LinkError(f"tensors of {kind} cannot travel between ranks; pass dense ones of a plain type from layer to "
+                                "layer")
             header += [_DTYPE_ID[tensor.dtype], tensor.dim(), *tensor.shape]
             size += _aligned(tensor.numel() * codec.wire_dtype(tensor.dtype).itemsize)
-    if len(header) > HEADER_INTS:
-        raise LinkError(f"{len(_entries(message))} tensors in one message: their shapes do not fit a header of "
-                        f"{HEADER_INTS} numbers. Pass fewer tensors from layer to layer (stack alike ones).")
-    header[0] = size
-    return header + [0] * (HEADER_INTS - len(header)), size
+    header += [0] * (-len(header) % HEADER_INTS)
+    size += 8 * len(header)
+    header[0], header[2] = size, len(header)
+    return header, size
 
 
 def write(message: Message, header: list[int], buffer: Tensor, codec: Codec) -> None:
     """Fill ``buffer`` (uint8)."""
-    buffer[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
-    offset = HEADER_BYTES
+    offset = 8 * len(header)
+    buffer[:offset].view(torch.int64).copy_(torch.tensor(header))
     for tensor in _entries(message):
         if tensor is None:
             continue
@@ -100,8 +102,9 @@ def read_size(buffer: Tensor) -> int:
 
 def read(buffer: Tensor, codec: Codec, device: torch.device) -> Message:
     """The message in ``buffer``; its tensors are views where nothing has to be converted."""
-    header: list[int] = buffer[:HEADER_BYTES].view(torch.int64).tolist()
-    position, offset = 3, HEADER_BYTES
+    offset = 8 * int(buffer[16:24].view(torch.int64).item())
+    header: list[int] = buffer[:offset].view(torch.int64).tolist()
+    position = 4
 
     def tensor() -> Tensor | None:
         nonlocal position, offset
@@ -118,7 +121,7 @@ def read(buffer: Tensor, codec: Codec, device: torch.device) -> Message:
         return values.to(device=device, dtype=dtype, non_blocking=True)
 
     parts: list[Any] = []
-    for _ in range(header[2]):
+    for _ in range(header[3]):
         count = header[position]
         position += 1
         parts.append(None if count < 0 else tensor() if count == 0 else tuple(tensor() for _ in range(count - 1)))

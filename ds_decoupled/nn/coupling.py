@@ -90,5 +90,6 @@ class ReversibleCoupling(nn.Module):
             residual = self._residual(x1, tuple(beside))
         x2 = y1 - residual.detach()
         if dy1 is not None and residual.requires_grad:
-            torch.autograd.backward(residual, dy1.to(residual.dtype))
+            with torch.autocast(residual.device.type, enabled=False):  # the caller's is for forward passes
+                torch.autograd.backward(residual, dy1.to(residual.dtype))
         return (y2, x2, *rest), (_sum(x1.grad, dy2), dy1, *(_sum(b.grad, d) for b, d in zip(beside, drest)))

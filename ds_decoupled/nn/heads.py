@@ -9,6 +9,8 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 ``linear``   pool to 2×2, linear
 ===========  ==================================================================================================
 
+``mlp`` and ``linear`` also take feature vectors ``(N, features)``, as they are.
+
 For language models ``lm``: RMSNorm and an unembedding. For any model ``last-layer``: a copy of the model's own last layer, with
 the weights that this starts from, so that the heads of a pretrained model make sense from the first step on; ``last-layers:3``:
 of the last three, so that extra blocks stand before an unembedding.
@@ -46,7 +48,8 @@ def _image(shape: torch.Size, name: str) -> tuple[int, int]:
     """Channels and height of ``(N, C, H, W)``. Raises :class:`ConfigError` for another shape."""
     if len(shape) != 4:
         raise ConfigError("decoupled.head", name, f"this head takes images (N, C, H, W); the stage gives {tuple(shape)}",
-                          "Take 'lm' for token sequences, or a head of your own ('module:callable').")
+                          "Take 'lm' for token sequences, 'mlp' for feature vectors, or a head of your own "
+                          "('module:callable').")
     return shape[1], shape[2]
 
 
@@ -58,7 +61,9 @@ def mlp_sr(shape: torch.Size, outputs: int) -> nn.Module:
 
 
 def mlp(shape: torch.Size, outputs: int) -> nn.Module:
-    """Pool to 2×2, three hidden layers."""
+    """Pool to 2×2, three hidden layers; feature vectors go into these as they are."""
+    if len(shape) == 2:
+        return nn.Sequential(*(layer for _ in range(3) for layer in _linear_block(shape[1])), nn.Linear(shape[1], outputs))
     channels, _ = _image(shape, "mlp")
     return nn.Sequential(*_mlp(channels, outputs))
 
@@ -77,7 +82,9 @@ def cnn(shape: torch.Size, outputs: int) -> nn.Module:
 
 
 def linear(shape: torch.Size, outputs: int) -> nn.Module:
-    """Pool to 2×2, one linear layer."""
+    """Pool to 2×2, one linear layer; feature vectors go into it as they are."""
+    if len(shape) == 2:
+        return nn.Linear(shape[1], outputs)
     channels, _ = _image(shape, "linear")
     return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, outputs))
 

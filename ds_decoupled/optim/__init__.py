@@ -1,7 +1,9 @@
 """Stepping stage by stage."""
 
+from ds_decoupled.optim.building import build_optimizers, build_schedulers, without_optimizers
 from ds_decoupled.optim.by_name import client_from_json
 from ds_decoupled.optim.lr_by_delay import lr_divisor
-from ds_decoupled.optim.stage_optimizer import StageOptimizer, StageOptimizers, client_for_stage, restrict
+from ds_decoupled.optim.stage_optimizer import StageOptimizer, StageOptimizers
 
-__all__ = ["StageOptimizer", "StageOptimizers", "client_for_stage", "client_from_json", "lr_divisor", "restrict"]
+__all__ = ["StageOptimizer", "StageOptimizers", "build_optimizers", "build_schedulers", "client_from_json", "lr_divisor",
+           "without_optimizers"]

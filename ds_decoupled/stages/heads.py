@@ -35,20 +35,30 @@ Description = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and types of what a stage gives; what else is in it does not matter here."""
 
 
-def sample_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int) -> Tensors:
-    """An input of the first layer: the module's own sample, or one of the shape that the JSON gives.
+def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int, dtype: torch.dtype) -> list[Tensors]:
+    """Inputs of the first layer, to be tried in this order: the module's own sample, or those of the shape that the JSON gives.
+
+    The shape does not say the type. Token ids come first where samples have one dimension, numbers elsewhere; then the other.
+
+    Args:
+        module: the pipeline module.
+        input_shape: of one sample.
+        micro_batch: samples in a micro-batch.
+        dtype: the layers' floating-point type.
 
     Raises:
         ConfigError: where there is neither.
     """
     sample: Tensors | None = getattr(module, "sample_input", None)
     if sample is not None:
-        return sample
+        return [sample]
     if input_shape is None:
         raise ConfigError("decoupled.input_shape", None, "heads are built from the shapes of what stages give, and no input is "
-                          "known", 'Give one sample\'s shape, such as [3, 32, 32] (or [128] for 128 token ids), or '
+                          "known", 'Give one sample\'s shape, such as [3, 32, 32] (or [128] for 128 token ids or features), or '
                           "DecoupledPipelineModule a sample_input.")
-    return torch.zeros(micro_batch, *input_shape, dtype=torch.float32 if len(input_shape) > 1 else torch.long)
+    numbers = list(dict.fromkeys((torch.float32, dtype)))
+    order = [torch.long, *numbers] if len(input_shape) == 1 else [*numbers, torch.long]
+    return [torch.zeros(micro_batch, *input_shape, dtype=kind) for kind in order]
 
 
 def describe(value: Tensors) -> Description:
@@ -98,7 +108,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
     Raises:
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
-    chosen = name if name is not None else "lm" if as_tuple(outputs)[0].dim() == 3 else "mlp-sr"
+    chosen = name if name is not None else {2: "mlp", 3: "lm"}.get(as_tuple(outputs)[0].dim(), "mlp-sr")
     copied, blocks = copied_layers(chosen), shared_blocks(chosen)
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
         if blocks is not None:
@@ -113,7 +123,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         parameter.use_muon = False  # type: ignore[attr-defined]  # DeepSpeed's Muon asks every parameter
     _place(head, like, device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeded(mix(seed, 0x68656164, stage)):  # lazy layers get their weights here
             head.eval()(outputs)
     except Exception as error:
         raise ConfigError("decoupled.head", str(chosen), f"it does not run on what stage {stage} gives: "
@@ -161,21 +171,16 @@ def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
     module, config, placement, stages = engine.module, engine.decoupled, engine.placement, engine.stages
     window, last = config.axes().window, placement.stages - 1
     first_loss = Ticks.local(placement.stages, (0, 1), window, config.losses == "farthest").first_loss
-    sample = sample_of(module, config.input_shape, engine.train_micro_batch_size_per_gpu())
-    passed = describe(sample), isinstance(sample, Tensor)
-    here: list[Tensors] = []
-    for turn in range(placement.ranks):
-        given: Any = None
-        if turn == placement.rank_of_stage[min(stages)]:
-            description, single = passed
-            try:
-                here = outputs_of(stages.values(), blank(description, single, engine.device))
-                given = describe(here[-1]), isinstance(here[-1], Tensor)
-            except Exception as error:
-                given = f"a blank sample of shape {[tuple(shape) for shape, _ in description]} does not pass: {error}"
-        passed = next(value for value in gather_objects(given) if value is not None)
-        if isinstance(passed, str):
-            raise ConfigError("decoupled.input_shape", config.input_shape, passed, "Is it the shape of one of its inputs?")
+    dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+    complaints: list[str] = []
+    for sample in samples_of(module, config.input_shape, engine.train_micro_batch_size_per_gpu(), dtype):
+        here, passed = _pass_through(engine, sample)
+        if not isinstance(passed, str):
+            break
+        complaints.append(passed)
+    else:
+        raise ConfigError("decoupled.input_shape", config.input_shape, "; ".join(complaints), "Is it the shape of one of its "
+                          "inputs? Where it does not say enough, give DecoupledPipelineModule a sample_input.")
     outputs = passed[0][0][0][-1]
     failure: ConfigError | None = None
     readout: SharedReadout | None = None
@@ -185,14 +190,55 @@ def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
             readout = make_readout(layer_specs(module), like, engine.device)
         for (index, stage), given in zip(stages.items(), here):
             if isinstance(stage, LocalStage) and first_loss <= index < last:
-                stage.head = make_head(config.head, given, outputs, engine.seeds.base, index, like, engine.device,
-                                       layer_specs(module), readout)
+                with stage.autocast.forward():
+                    stage.head = make_head(config.head, given, outputs, engine.seeds.base, index, like, engine.device,
+                                           layer_specs(module), readout)
     except ConfigError as error:
         failure = error
     first = next((fields for fields in gather_objects(failure and failure.fields) if fields), None)
     if first is not None:
         raise ConfigError(*first)
+    _give_losses(engine)
     return readout
+
+
+def _pass_through(engine: DecoupledPipelineEngine, sample: Tensors) -> tuple[list[Tensors], Any]:
+    """Pass a blank ``sample`` through all stages, rank by rank. A collective call.
+
+    Returns:
+        What each stage here gives, and the last stage's shapes and types; or what went wrong on any rank, in words.
+    """
+    placement, stages = engine.placement, engine.stages
+    passed: Any = describe(sample), isinstance(sample, Tensor)
+    here: list[Tensors] = []
+    for turn in range(placement.ranks):
+        given: Any = None
+        if turn == placement.rank_of_stage[min(stages)]:
+            description, single = passed
+            try:
+                here = outputs_of(stages.values(), blank(description, single, engine.device))
+                given = describe(here[-1]), isinstance(here[-1], Tensor)
+            except Exception as error:
+                kinds = [f"{str(dtype).removeprefix('torch.')} {tuple(shape)}" for shape, dtype in description]
+                given = f"a blank sample, {', '.join(kinds)}, does not pass: {error}"
+        passed = next(value for value in gather_objects(given) if value is not None)
+        if isinstance(passed, str):
+            break
+    return here, passed
+
+
+def _give_losses(engine: DecoupledPipelineEngine) -> None:
+    """A loss with parameters or buffers of its own: every stage with a head gets a copy of the last stage's."""
+    loss_fn = engine.module.loss_fn
+    if not isinstance(loss_fn, nn.Module) or not loss_fn.state_dict():
+        return
+    last = engine.placement.stages - 1
+    # Each rank made its own; the last stage's is the one that counts.
+    told = gather_objects(loss_fn.state_dict() if last in engine.stages else None)
+    state = next(value for value in told if value is not None)
+    for stage in engine.stages.values():
+        if isinstance(stage, LocalStage) and stage.head is not None:
+            stage.give_loss(state)
 
 
 def refresh(engine: DecoupledPipelineEngine, readout: SharedReadout) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
@@ -24,12 +25,14 @@ class Layers:
         functions: the layers.
         first: the first one's index in the whole model.
         seeds: their random seeds.
+        autocast: how they run.
         buffers: what they keep beside their weights.
     """
 
     functions: Sequence[Layer]
     first: int
     seeds: LayerSeeds
+    autocast: Autocast = Autocast()
     buffers: Buffers = field(init=False)
     _copy_input: bool | None = field(init=False, default=None)
 
@@ -39,9 +42,10 @@ class Layers:
     def __call__(self, inputs: Tensors, micro_batch: int) -> Tensors:
         """The last layer's output."""
         x: Any = inputs
-        for index, layer in enumerate(self.functions, self.first):
-            self.seeds.set(index, micro_batch)
-            x = layer(x)
+        with self.autocast.forward():
+            for index, layer in enumerate(self.functions, self.first):
+                self.seeds.set(index, micro_batch)
+                x = layer(x)
         as_tuple(x)
         return x
 

@@ -10,6 +10,7 @@ A head learns from its own stage's loss alone, at the same update as the stage.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class LocalStage(Stage):
         farthest: learn from the farthest of them alone.
 
     Attributes:
+        own_loss: the stage's copy of a ``loss_fn`` that has a state; it learns with the head.
         stopped: whether it learns no more, and forwards in evaluation mode.
     """
 
@@ -54,6 +56,7 @@ class LocalStage(Stage):
                  **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.head, self.window, self.above, self.farthest = head, window, above, farthest
+        self.own_loss: nn.Module | None = None
         self.stopped = False
         self._waiting: dict[int, _Waiting] = {}
         self._sums: dict[str, Tensor] = {}
@@ -67,12 +70,22 @@ class LocalStage(Stage):
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """The head's parameters that get gradients."""
-        return [] if self.head is None else [p for p in self.head.parameters() if p.requires_grad]
+        """The parameters of the head, and of the stage's own copy of the loss, that get gradients."""
+        modules = [module for module in (self.head, self.own_loss) if module is not None]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         return [*super().trainable, *self.head_parameters]
+
+    def give_loss(self, state: dict[str, Tensor]) -> None:
+        """A copy of the loss for this stage alone, which starts from ``state``."""
+        assert isinstance(self.loss_fn, nn.Module)
+        self.own_loss = copy.deepcopy(self.loss_fn)
+        self.own_loss.load_state_dict(state)
+        for parameter in self.own_loss.parameters():
+            parameter.use_muon = False  # type: ignore[attr-defined]  # as those of heads
+        self.loss_fn = self.own_loss
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -134,6 +147,12 @@ class LocalStage(Stage):
             self._note(outputs, labels, value)
         return value
 
+    def _logits(self, outputs: Tensors) -> Tensor:
+        assert self.head is not None
+        with self.autocast.forward():
+            logits: Tensor = self.head(outputs)
+        return logits
+
     def _own_loss(self, micro_batch: int, outputs: Tensors, labels: Any,
                   scale: float) -> tuple[Tensor, Gradients, list[Tensor | None]]:
         """The head's loss, and its gradients: of the stage's output, and of the head's parameters."""
@@ -142,7 +161,7 @@ class LocalStage(Stage):
         wanted = [t for t in as_tuple(ends) if t.requires_grad]
         with self.seeds.scope(), torch.enable_grad():
             self.seeds.set(_HEAD_SEED + self.index, micro_batch)
-            loss = self.loss(self.head(ends), labels)
+            loss = self.loss(self._logits(ends), labels)
         parameters = self.head_parameters
         found = torch.autograd.grad(loss * scale if scale != 1 else loss, [*wanted, *parameters], allow_unused=True)
         by_end = iter(found[:len(wanted)])
@@ -159,13 +178,13 @@ class LocalStage(Stage):
         assert self.head is not None
         with torch.no_grad():
             outputs = self.plain_forward(micro_batch, inputs)
-            loss = self.loss(self.head(outputs), labels)
+            loss = self.loss(self._logits(outputs), labels)
         return LossResult(loss, inputs, None, detach(outputs))
 
     def stop(self) -> None:
         """Learn no more: from now on forward alone, in evaluation mode."""
         self.stopped = True
-        for layer in (*self._all.functions, self.head):
+        for layer in (*self._all.functions, self.head, self.own_loss):
             if isinstance(layer, nn.Module):
                 layer.eval()
 
@@ -174,7 +193,8 @@ class LocalStage(Stage):
         assert self.head is not None
         training = self.head.training
         with self.seeds.scope():
-            votes: Tensor = self.head.eval()(outputs).float().softmax(dim=-1)
+            self.head.eval()
+            votes = self._logits(outputs).float().softmax(dim=-1)
         self.head.train(training)
         return votes
 
@@ -207,7 +227,8 @@ class LocalStage(Stage):
     def state_dict(self) -> dict[str, Any]:
         waiting = {m: (w.grads, w.head_grads) for m, w in self._waiting.items()}
         return {**super().state_dict(), "waiting": waiting, "stopped": self.stopped,
-                "head": None if self.head is None else self.head.state_dict()}
+                "head": None if self.head is None else self.head.state_dict(),
+                "loss_fn": None if self.own_loss is None else self.own_loss.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -219,5 +240,8 @@ class LocalStage(Stage):
         self._waiting = {m: _Waiting(placed(grads), placed(head_grads)) for m, (grads, head_grads) in state["waiting"].items()}
         if self.head is not None:
             self.head.load_state_dict(state["head"])
+        if self.own_loss is not None:
+            self.own_loss.load_state_dict(state["loss_fn"])
+        self.take_metrics()
         if state["stopped"]:
             self.stop()

@@ -77,14 +77,15 @@ class ReversibleRun(Run):
         layer: Any = self.layers.functions[index]
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         if hasattr(layer, "reverse"):
-            return layer.reverse(outputs, grads)
+            with self.layers.autocast.forward():
+                return layer.reverse(outputs, grads)
         if index not in self._inverted:
             self._inverted[index] = Buffers([layer])
-        with torch.no_grad(), self._inverted[index].held():
+        with torch.no_grad(), self.layers.autocast.forward(), self._inverted[index].held():
             rebuilt = detach(layer.inverse(outputs))
         self.layers.seeds.set(self.layers.first + index, micro_batch)
         inputs = leaves(rebuilt, True)
-        with torch.enable_grad():
+        with torch.enable_grad(), self.layers.autocast.forward():
             again = layer(inputs)
         backward(again, grads)
         return rebuilt, input_gradients(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_decoupled.config import Axes
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphRun
 from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients
@@ -56,20 +57,24 @@ class Stage:
         first_layer: the first one's index in the whole model.
         axes: the method.
         is_last: whether the loss is computed here.
-        loss_fn: ``loss_fn(outputs, labels)``; None where the last layer gives the loss itself.
+        loss_fn: ``loss_fn(outputs, labels)``; None where the last layer gives the loss itself. Parameters of a module are the
+            last stage's.
         seeds: the layers' random seeds.
+        autocast: how the layers run.
         split_backward: put the weights' gradients off until :meth:`finish_backward`.
     """
 
     def __init__(self, index: int, layers: Sequence[Layer], first_layer: int, axes: Axes, is_last: bool,
-                 loss_fn: LossFn | None, seeds: LayerSeeds, split_backward: bool = False) -> None:
+                 loss_fn: LossFn | None, seeds: LayerSeeds, autocast: Autocast = Autocast(),  # noqa: B008  (frozen)
+                 split_backward: bool = False) -> None:
         self.index = index
         self.is_last = is_last
         self.loss_fn = loss_fn
         self.seeds = seeds
-        self.parameters = unique_parameters(layers)
+        self.parameters = unique_parameters([*layers, loss_fn] if is_last else layers)
         self.weights = Weights(self.parameters, stashed=axes.weights == "stashed", predicted=axes.weights == "predicted")
-        self._all = Layers(layers, first_layer, seeds)
+        self.autocast = autocast
+        self._all = Layers(layers, first_layer, seeds, autocast)
         self.runs = self._make_runs(layers, first_layer, axes)
         self.deferred = DeferredWeightGradients(layers) if split_backward else None
         self.in_flight: set[int] = set()
@@ -80,12 +85,12 @@ class Stage:
             return []
         if axes.recover != "reconstruct":
             kind = {"graph": GraphRun, "input": RecomputeRun}[axes.recover]
-            return [kind(Layers(layers, first_layer, self.seeds), self.weights, self.index > 0)]
+            return [kind(Layers(layers, first_layer, self.seeds, self.autocast), self.weights, self.index > 0)]
         runs: list[Run] = []
         start = 0
         for invertible, group in groupby(layers, is_invertible):
             functions = list(group)
-            part = Layers(functions, first_layer + start, self.seeds)
+            part = Layers(functions, first_layer + start, self.seeds, self.autocast)
             runs.append((ReversibleRun if invertible else RecomputeRun)(part, self.weights, self.index > 0 or start > 0))
             start += len(functions)
         return runs

@@ -33,12 +33,15 @@ class SavedActivation:
 
 
 class WeightReference:
-    """A view of a parameter that the graph will ask for: parameter, geometry relative to it, and version."""
+    """A view of a parameter, or of its cast to another type, that the graph will ask for: parameter, geometry relative to it,
+    version, and type."""
 
-    __slots__ = ("index", "size", "stride", "offset", "version", "__weakref__")
+    __slots__ = ("index", "size", "stride", "offset", "version", "dtype", "__weakref__")
 
-    def __init__(self, index: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, version: int) -> None:
+    def __init__(self, index: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, version: int,
+                 dtype: torch.dtype | None = None) -> None:
         self.index, self.size, self.stride, self.offset, self.version = index, size, stride, offset, version
+        self.dtype = dtype
 
     def as_dict(self) -> dict[str, Any]:
         """The arguments that make it again."""
@@ -165,11 +168,25 @@ class Weights:
         except (RuntimeError, NotImplementedError):  # tensors without a storage: sparse, wrapped, mkldnn
             found = None
         if found is None:
-            return SavedActivation(tensor)
+            return self._cast_weight(tensor) or SavedActivation(tensor)
         index, distance = found
         if tensor.dtype != self.parameters[index].dtype:
             return SavedActivation(tensor)
         return WeightReference(index, tuple(tensor.shape), tensor.stride(), distance // tensor.element_size(), self.version)
+
+    def _cast_weight(self, tensor: Tensor) -> WeightReference | None:
+        """A note where ``tensor`` is a parameter's cast to another type, as autocast makes them: known by its history, because
+        its storage is its own."""
+        base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+        cast = base.grad_fn
+        if cast is None or cast.name() != "ToCopyBackward0":
+            return None
+        source = getattr(cast.next_functions[0][0], "variable", None)
+        index = next((i for i, p in enumerate(self.parameters) if p is source), None)
+        if index is None or base.device != self.parameters[index].device or base.stride() != self.parameters[index].stride():
+            return None
+        offset = int(tensor.storage_offset()) - int(base.storage_offset())
+        return WeightReference(index, tuple(tensor.shape), tensor.stride(), offset, self.version, base.dtype)
 
     def unpack(self, saved: Saved) -> Tensor:
         """The tensor that the graph asks for, with the weights as they are now, or as they were if stashed."""
@@ -178,6 +195,8 @@ class Weights:
         source = self.parameters[saved.index].detach()
         if self.stashed and saved.version in self.stash:
             source = self.stash[saved.version][saved.index]
+        if saved.dtype is not None:
+            source = source.to(saved.dtype)
         return source.as_strided(saved.size, saved.stride, source.storage_offset() + saved.offset)
 
     @contextmanager

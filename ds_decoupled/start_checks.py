@@ -1,0 +1,79 @@
+"""What can be checked only while the engine is built, told on every rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_decoupled import compat
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.optim.sparse import complaint, sparse_layers
+
+if TYPE_CHECKING:
+    from ds_decoupled.engine import DecoupledPipelineEngine
+
+
+def raise_everywhere(error: ConfigError | None) -> None:
+    """Raise the first rank's error, if any has one, on all of them. A collective call."""
+    first = next((fields for fields in compat.gather_objects(error and error.fields) if fields), None)
+    if first is not None:
+        raise ConfigError(*first)
+
+
+def check_experts(module: Any) -> None:
+    """Before DeepSpeed makes the groups of experts, which only the ranks that hold such a layer would join. A collective call.
+
+    Raises:
+        ConfigError: for ``deepspeed.moe`` on several ranks.
+    """
+    error = ConfigError("model", "deepspeed.moe.layer.MoE", "its experts are exchanged over groups of all ranks, and stages "
+                        "that step on their own wait for nobody", "Take experts that live within a layer (a plain module), or "
+                        '"method": "backprop", which is DeepSpeed\'s own engine.')
+    raise_everywhere(error if torch.distributed.get_world_size() > 1 and compat.has_expert_layers(module) else None)
+
+
+def check_zero(config: Any, optimizer: Any) -> None:
+    """Raises ConfigError for ZeRO without an optimizer, on every rank, before DeepSpeed asserts that there is one."""
+    if config.zero_enabled and optimizer is None and config.optimizer_name is None:
+        raise ConfigError("zero_optimization.stage", config.zero_optimization_stage, "it spreads an optimizer's state, and "
+                          "there is no optimizer", 'Give an "optimizer" block, or leave "zero_optimization" out to '
+                          "evaluate alone.")
+
+
+def check_sparse(engine: DecoupledPipelineEngine) -> None:
+    """Layers with sparse gradients need an optimizer that takes them. A collective call.
+
+    Raises:
+        ConfigError: with bf16 or ZeRO, which keep gradients in flat buffers, and for optimizers that take dense ones alone.
+    """
+    error: ConfigError | None = None
+    for index, stage in engine.stages.items():
+        layers = sparse_layers(stage.layers)
+        optimizer = engine.stage_optimizers[index]
+        if not layers or optimizer.optimizer is None or error is not None:
+            continue
+        name, hint = f"{layers[0]}(sparse=True)", "Leave sparse=True out"
+        if engine.zero_optimization() or engine.bfloat16_enabled():
+            error = ConfigError("model", name, "bf16 and ZeRO keep gradients in flat buffers, where sparse ones have no place",
+                                f"{hint}, or train in float32 without ZeRO.")
+        elif (said := complaint(optimizer.basic_optimizer)) is not None:
+            error = ConfigError("model", name, f"{type(optimizer.basic_optimizer).__name__} does not take the sparse gradients "
+                                f"that it gives ({said})", f"{hint}, or take SGD, Adagrad or torch.optim.SparseAdam.")
+    raise_everywhere(error)
+
+
+def check_loss(engine: DecoupledPipelineEngine) -> None:
+    """Parameters of ``loss_fn`` are the last stage's, and no other stage's. A collective call.
+
+    Raises:
+        ConfigError: if it shares one with a layer of another stage.
+    """
+    loss_fn, error = engine.module.loss_fn, None
+    if isinstance(loss_fn, torch.nn.Module) and not all(stage.is_last for stage in engine.stages.values()):
+        own = {id(p) for p in loss_fn.parameters()}
+        shared = [s for s, stage in engine.stages.items() if not stage.is_last and own & {id(p) for p in stage.parameters}]
+        if shared:
+            error = ConfigError("loss_fn", type(loss_fn).__name__, f"it shares parameters with stage {shared[0]}, and the last "
+                                "stage, which has the loss, steps at another time", "Give the loss parameters of its own.")
+    raise_everywhere(error)
