@@ -71,7 +71,8 @@ class Buffers:
         for index, module in enumerate(modules):
             for name, buffer in module._buffers.items():
                 key = index, name
-                copied = buffer is not None and (self._first or buffer.nbytes <= _SMALL or key in self._moving)
+                copied = buffer is not None and (self._first or buffer.nbytes <= _SMALL or key in self._moving
+                                                 or isinstance(module, _NormBase))
                 before[key] = (module, buffer, 0 if buffer is None else buffer._version, buffer.clone() if copied else None)
         self._first = False
         try:
@@ -80,13 +81,18 @@ class Buffers:
             with torch.no_grad():
                 for key, (module, buffer, version, copy) in before.items():
                     module._buffers[key[1]] = buffer  # it may have been replaced, not written to
-                    if buffer is not None and buffer._version != version:
-                        self._moved(key, module, buffer, copy)
+                    if buffer is None:
+                        continue
+                    moved = buffer._version != version
+                    if copy is not None:
+                        # Whether it moved or not: torch's batch norm writes without a new version. And behind autograd's back:
+                        # a graph that saved a buffer that did not move must not find a new version either.
+                        buffer.data.copy_(copy)
+                    if moved and key not in self._moving:
+                        self._moved(key, module, buffer, copied=copy is not None)
 
-    def _moved(self, key: _Key, module: nn.Module, buffer: Tensor, copy: Tensor | None) -> None:
+    def _moved(self, key: _Key, module: nn.Module, buffer: Tensor, copied: bool) -> None:
         self._moving.add(key)
-        if copy is not None:
-            buffer.copy_(copy)
-        else:
+        if not copied:
             logger.warning("the buffer %r of a %s (%d bytes) had not moved in earlier micro-batches and moves now; for this "
                            "one it moves twice, from the next on once", key[1], type(module).__name__, buffer.nbytes)
