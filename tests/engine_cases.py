@@ -27,6 +27,7 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def build(case: dict[str, Any]) -> Any:
     """The engine of a case, on this rank."""
+    torch.manual_seed(case.get("seed", 0))  # decides the weights
     config = config_of(case)
     model = ds_decoupled.DecoupledPipelineModule(
         NETS[case.get("net", "reversible")](**case.get("net_args", {})), num_stages=case.get("pipe_ranks"), config=config,
