@@ -219,6 +219,9 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 
 def _digits(size: int) -> ImageData:
+    # joblib, which scikit-learn loads, makes a named semaphore that a killed process leaves in shared memory; no process of its
+    # own is wanted here (https://joblib.readthedocs.io/en/stable/parallel.html).
+    os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
