@@ -263,7 +263,8 @@ class PipelineEngineBase(GuardedPipelineEngine):
         """The LR scheduler of one optimizer: of ``block`` (as the JSON's ``scheduler``), else the client's callable's or the
         JSON's; None where there is none."""
         if block is None and callable(self.client_lr_scheduler):
-            return self.client_lr_scheduler(optimizer)
+            client = self.client_lr_scheduler
+            return _naming("scheduler", self._asked_for("scheduler", client), lambda: client(optimizer))
         config: Any = self._config
         usual = config.scheduler_name, config.scheduler_params
         try:

@@ -27,10 +27,10 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def build(case: dict[str, Any]) -> Any:
     """The engine of a case, on this rank."""
-    torch.manual_seed(case.get("seed", 0))  # decides the weights
     config = config_of(case)
     model = ds_decoupled.DecoupledPipelineModule(
         NETS[case.get("net", "reversible")](**case.get("net_args", {})), num_stages=case.get("pipe_ranks"), config=config,
+        base_seed=1234 + case.get("seed", 0),
         loss_fn=next_token_loss if case.get("net") == "gpt" else nn.CrossEntropyLoss(),
         sample_input=None if case.get("no_sample") or case.get("net") == "gpt" else torch.randn(4, 2, 8, 8))
     decay = case.get("decay", 1.0)

@@ -36,7 +36,7 @@ def make(case: dict[str, Any], shared: bool = False) -> Any:
     if shared:
         layers[0] = layers[0].build()
         loss_fn.extra = nn.ParameterList([next(layers[0].parameters())])
-    model = ds_decoupled.DecoupledPipelineModule(layers, config=config, loss_fn=loss_fn)
+    model = ds_decoupled.DecoupledPipelineModule(layers, config=config, loss_fn=loss_fn, base_seed=1234)
     engine, *_ = ds_decoupled.initialize(model=model, config=config, model_parameters=list(model.parameters()))
     return engine
 

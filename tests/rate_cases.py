@@ -71,7 +71,8 @@ def start(case: dict[str, Any]) -> tuple[Any, Any, Any, dict[int, list[Any]]]:
     config = config_of({"net": "norm_free", **case})
     if case["optimizer_as"] != "json":
         del config["optimizer"]
-    model = ds_decoupled.DecoupledPipelineModule(NETS["norm_free"](), config=config, loss_fn=nn.CrossEntropyLoss())
+    model = ds_decoupled.DecoupledPipelineModule(NETS["norm_free"](), config=config, loss_fn=nn.CrossEntropyLoss(),
+                                                 base_seed=1234)
     groups = groups_of(model, model.forward_funcs, model._local_start)
     optimizer = {"json": None, "callable": sgd, "instance": None}[case["optimizer_as"]]
     if case["optimizer_as"] == "instance":
@@ -161,7 +162,8 @@ def refused(cases: list[dict[str, Any]]) -> list[str]:
         try:
             if case["scheduler_as"] == "for another":
                 config = config_of({"net": "norm_free", **case})
-                model = ds_decoupled.DecoupledPipelineModule(NETS["norm_free"](), config=config, loss_fn=nn.CrossEntropyLoss())
+                model = ds_decoupled.DecoupledPipelineModule(NETS["norm_free"](), config=config,
+                                                             loss_fn=nn.CrossEntropyLoss(), base_seed=1234)
                 other = SCHEDULERS["halves"](sgd(list(model.parameters())))
                 ds_decoupled.initialize(model=model, config=config, lr_scheduler=other,
                                         model_parameters=list(model.parameters()))
@@ -183,7 +185,8 @@ def heads_moved(case: dict[str, Any]) -> dict[str, Any]:
     """Local losses with the user's optimizer and scheduler: which parameters of heads moved, and the rates at the end."""
     config = config_of({**case, "method": "dgl", "stages": 6, "block": {"input_shape": [6]}})
     del config["optimizer"]
-    model = ds_decoupled.DecoupledPipelineModule(NETS["gpt"](**case["net_args"]), config=config, loss_fn=next_token_loss)
+    model = ds_decoupled.DecoupledPipelineModule(NETS["gpt"](**case["net_args"]), config=config, loss_fn=next_token_loss,
+                                                 base_seed=1234)
     optimizer = sgd(list(model.parameters()))
     engine, *_ = ds_decoupled.initialize(model=model, config=config, optimizer=optimizer,
                                          lr_scheduler=SCHEDULERS["halves"](optimizer))

@@ -94,7 +94,8 @@ def make(case: dict[str, Any]) -> Any:
     config = config_of({"stages": len(layers_of(case)), **case})
     if case.get("no_optimizer"):
         del config["optimizer"]
-    model = ds_decoupled.DecoupledPipelineModule(layers_of(case), num_stages=case.get("pipe_ranks"), config=config,
+    model = ds_decoupled.DecoupledPipelineModule(layers_of(case), base_seed=1234, num_stages=case.get("pipe_ranks"),
+                                                 config=config,
                                                  loss_fn=nn.CrossEntropyLoss())
     for index, layer in enumerate(model.forward_funcs, model._local_start):
         if index in case.get("frozen", ()):

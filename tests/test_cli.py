@@ -204,7 +204,7 @@ def test_help() -> None:
     (decoupled("petra"), ["--stages", "1000000"], "1000000 stages"),
     (decoupled("petra", 10**9), [], "k = 1000000000"),
     (decoupled("petra"), ["--stages", "4", "--micro-batches", "100000000"], "100000000 micro-batches"),
-    (decoupled("petra", hops=[1, 10**6]), ["--stages", "4"], "hops (1, 1000000)"),
+    (decoupled("petra", hops=[1, 10**6]), ["--stages", "4"], '"decoupled.hops": [1, 1000000]'),
     (decoupled("petra"), ["--picture", "x.nope"], '"--picture": \'x.nope\' cannot be used: Format \'nope\''),
     (decoupled("petra"), ["--picture", "/nowhere/at/all/x.png"], "No such file or directory: '/nowhere/at/all/x.png'"),
     (decoupled("backprop", 4), ["--micro-batches", "5"], 'with "update": "flush" a run is one batch of k = 4'),

@@ -92,7 +92,7 @@ def send_large(count: int) -> list[int]:
 
 def test_a_buffer_goes_when_its_message_was_taken() -> None:
     *held, grown = worlds.run(2, send_large, 60)[0]
-    assert set(held) == {0} and grown < 60
+    assert set(held) == {0} and grown < 120  # of the 240 MiB that were sent
 
 
 # Leaving

@@ -108,7 +108,8 @@ def test_what_deepspeed_knows_is_left_to_it(config: dict[str, Any]) -> None:
 def muon_halves(case: dict[str, Any]) -> dict[str, Any]:
     """Which half of Muon every parameter of this rank went to, and with which settings."""
     config = engine_cases.config_of(case)
-    model = ds_decoupled.DecoupledPipelineModule(engine_cases.NETS["gpt"](), config=config, loss_fn=next_token_loss)
+    model = ds_decoupled.DecoupledPipelineModule(engine_cases.NETS["gpt"](), config=config, loss_fn=next_token_loss,
+                                                 base_seed=1234)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     engine, *_ = ds_decoupled.initialize(model=model, config=config, model_parameters=groups)
