@@ -116,7 +116,7 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
             pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     engine._first_micro_batch, engine._fed, engine._tick = state["run"]
-    engine._end = None
+    engine._end = engine._end_error = None
     engine._batches.clear()
     engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)
     if engine.tracker is not None:
