@@ -188,3 +188,28 @@ def test_a_model_that_gives_its_own_loss_needs_no_labels() -> None:
     case = {"method": "delayed", "stages": 2, "batches": 0}
     results = [worlds.run(2, without_labels, case, form)[1] for form in ("alone", "one", "none", "labels")]
     assert results[0] == results[1] == results[2] == results[3]
+
+
+def load_after_wrong_data(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Save, meet wrong data, load: the run goes on as if they had not come."""
+    engine = engine_cases.build(case)
+    good = batches(8)
+    for batch in good[:3]:
+        engine.train_batch(iter([batch]))
+    engine.save_checkpoint(folder)
+    wrong = data_with("raises", 1, 3)
+    with pytest.raises(RuntimeError, match="picture 7 is torn"):  # the iterator's own error, a PeerError elsewhere
+        for _ in range(30):
+            engine.train_batch(wrong)
+    engine.load_checkpoint(folder)
+    for batch in good[3:]:
+        engine.train_batch(iter([batch]))
+    engine.drain()
+    return {"state": engine_cases.state_of(engine), "replica": 0}
+
+
+def test_a_checkpoint_forgets_wrong_data(tmp_path: Any) -> None:
+    case = {"method": "delayed", "batches": 8}
+    resumed = engine_cases.merged(worlds.run(2, load_after_wrong_data, case, str(tmp_path)))
+    whole = engine_cases.merged(worlds.run(2, engine_cases.train, case))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
