@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed import comm as dist
 
-from ds_decoupled import compat
+from ds_decoupled.collectives import gather
 from ds_decoupled.links import Message
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     """Write a checkpoint; see :meth:`DecoupledPipelineEngine.save_checkpoint`."""
     if not save_dir:
         raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
-    tags = compat.gather_objects(str(tag) if tag is not None else f"global_step{engine.global_steps}")
+    tags = gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"save_checkpoint: the tag must be the same on every rank, got {sorted(set(tags))}")
     tag = tags[0]

@@ -30,6 +30,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def from_rank(source: int, value: T) -> T:
+    """``value`` of rank ``source``, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
 @overload
 def together(action: Callable[[], T]) -> T: ...
 @overload

@@ -33,7 +33,7 @@ T = TypeVar("T")
 PRIVATE_NAMES: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_set_bounds", "_count_layer_params", "_build"),
     PipelineEngine: ("_do_sanity_check", "_configure_distributed_model", "_configure_optimizer", "_configure_lr_scheduler",
-                     "_train_schedule", "_exec_schedule", "_next_batch",
+                     "_train_schedule", "_exec_schedule",
                      "_reduce_outputs", "_bcast_pipe_scalar", "_INSTRUCTION_MAP", "_backward_post_hook",
                      "_reduce_non_expert_gradients", "_scheduler_from_config"),
 }
@@ -96,7 +96,7 @@ def built_parameters(module: PipelineModule) -> list[float]:
         layer = function.args[0] if isinstance(function, partial) and function.args else function
         if isinstance(layer, torch.nn.Module):
             counts[index] = float(sum(p.numel() for p in layer.parameters() if p.requires_grad))
-    return [max(layer) for layer in zip(*gather_objects(counts))]
+    return [max(layer) for layer in zip(*gather(counts))]
 
 
 def layer_seeding(module: PipelineModule) -> Callable[[int, int], None] | None:
@@ -278,10 +278,6 @@ class PipelineEngineBase(GuardedPipelineEngine):
         """Execute every instruction of ``schedule``."""
         self._exec_schedule(schedule)
 
-    def next_batch(self) -> Any:
-        """The next batch of the data iterator, after ``batch_fn``."""
-        return self._next_batch()
-
     def allreduce_gradients_of(self, grads: list[Tensor]) -> None:
         """Average ``grads`` over the data-parallel replicas, in place."""
         if self.is_data_parallel and grads:
@@ -384,16 +380,6 @@ def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tenso
         return
     for parameter, grad in zip(parameters, grads):
         parameter.grad = None if grad is None else grad.to(parameter.device)
-
-
-def from_first_rank(value: Any) -> Any:
-    """``value`` of global rank 0, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-gather_objects = gather
 
 
 def drop_accumulated(optimizer: Any, parameters: list[Any]) -> None:

@@ -24,7 +24,7 @@ from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.breakdown import Breakdown
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.collectives import together
+from ds_decoupled.collectives import from_rank, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.feed import Feed, MicroBatch
@@ -80,7 +80,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             without_optimizers(self, self._optimizers)
         self.optimizer = self.basic_optimizer = self._optimizers
         last = placement.stages - 1
-        told = [told for part in compat.gather_objects({s: (stage.wants_output, stage.reversible, stage.layer_names)
+        told = [told for part in gather({s: (stage.wants_output, stage.reversible, stage.layer_names)
                                                         for s, stage in self.stages.items()}) for told in part.items()]
         self._optimizers.find_out()
         check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
@@ -143,7 +143,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         """This rank's stages, with their heads. A collective call."""
         # A plain module's base_seed is a constant that nobody chose.
         chosen = self.module.base_seed if isinstance(self.module, compat.PipelineModuleBase) else None
-        base = compat.from_first_rank(drawn_seed()) if chosen is None else chosen
+        base = from_rank(0, drawn_seed()) if chosen is None else chosen
         self.seeds = LayerSeeds(base, self.mpu.get_data_parallel_rank(), self.device, compat.layer_seeding(self.module))
         together(self._build_stages)
         check_loss(self)
@@ -623,7 +623,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             "tracked": self.tracker.results if self.tracker is not None else [],
             "seconds": self.breakdown.total if self.breakdown is not None else None,
         }
-        parts = compat.gather_objects(local)
+        parts = gather(local)
         by_stage = {name: [value for _, value in sorted({s: v for p in parts for s, v in p[name].items()}.items())]
                     for name in ("records", "updates")}
         ticks = self.plan.ticks

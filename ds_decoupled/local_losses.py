@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ds_decoupled import compat
+from ds_decoupled.collectives import gather
 from ds_decoupled.config import BLOCK, DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
@@ -55,7 +55,7 @@ class LocalLosses:
 
     def metrics(self) -> list[dict[str, float]]:
         """By stage; a collective call."""
-        found = {s: metrics for part in compat.gather_objects({s: stage.take_metrics() for s, stage in self.stages.items()})
+        found = {s: metrics for part in gather({s: stage.take_metrics() for s, stage in self.stages.items()})
                  for s, metrics in part.items()}
         return [found[s] for s in sorted(found)]
 

@@ -11,10 +11,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from ds_decoupled.collectives import agreed
+from ds_decoupled.collectives import agreed, from_rank
 from ds_decoupled.compat import (
     PipelineModuleBase,
-    from_first_rank,
     layer_parameters,
     layer_specs,
 )
@@ -136,7 +135,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
             specs = layers
         else:
             if base_seed is None:
-                base_seed = from_first_rank(int(torch.randint(1 << 62, ()).item()))
+                base_seed = from_rank(0, int(torch.randint(1 << 62, ()).item()))
             specs = [_with_seed(layer, i, base_seed) for i, layer in enumerate(layers)]
         if topology is None and num_stages is None:
             num_stages = torch.distributed.get_world_size()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_decoupled import compat
+from ds_decoupled.collectives import together
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim.sparse import complaint, sparse_layers
 
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
     from ds_decoupled.engine import DecoupledPipelineEngine
 
 
-def raise_everywhere(error: ConfigError | None) -> None:
-    """Raise the first rank's error, if any has one, on all of them. A collective call."""
-    first = next((fields for fields in compat.gather_objects(error and error.fields) if fields), None)
-    if first is not None:
-        raise ConfigError(*first)
+def _raise(error: ConfigError | None) -> None:
+    """On every rank, if there is one on any. A collective call."""
+    def found() -> None:
+        if error is not None:
+            raise error
+
+    together(found)
 
 
 def check_experts(module: Any) -> None:
@@ -30,7 +33,7 @@ def check_experts(module: Any) -> None:
     error = ConfigError("model", "deepspeed.moe.layer.MoE", "its experts are exchanged over groups of all ranks, and stages "
                         "that step on their own wait for nobody", "Take experts that live within a layer (a plain module), or "
                         '"method": "backprop", which is DeepSpeed\'s own engine.')
-    raise_everywhere(error if torch.distributed.get_world_size() > 1 and compat.has_expert_layers(module) else None)
+    _raise(error if torch.distributed.get_world_size() > 1 and compat.has_expert_layers(module) else None)
 
 
 def check_zero(config: Any, optimizer: Any) -> None:
@@ -60,7 +63,7 @@ def check_sparse(engine: DecoupledPipelineEngine) -> None:
         elif (said := complaint(optimizer.basic_optimizer)) is not None:
             error = ConfigError("model", name, f"{type(optimizer.basic_optimizer).__name__} does not take the sparse gradients "
                                 f"that it gives ({said})", f"{hint}, or take SGD, Adagrad or torch.optim.SparseAdam.")
-    raise_everywhere(error)
+    _raise(error)
 
 
 def check_loss(engine: DecoupledPipelineEngine) -> None:
@@ -76,4 +79,4 @@ def check_loss(engine: DecoupledPipelineEngine) -> None:
         if shared:
             error = ConfigError("loss_fn", type(loss_fn).__name__, f"it shares parameters with stage {shared[0]}, and the last "
                                 "stage, which has the loss, steps at another time", "Give the loss parameters of its own.")
-    raise_everywhere(error)
+    _raise(error)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ds_decoupled.collectives import from_rank as from_rank
 from ds_decoupled.collectives import together as together
 from ds_decoupled.config import parse_block, read_json
 from ds_decoupled.errors import ConfigError
@@ -81,13 +82,6 @@ def _check_backend(backend: str | None) -> None:
         raise ConfigError("--backend", backend, f"torch.distributed has {', '.join(known)} here", "Leave it out")
     if backend == "nccl" and get_accelerator().device_name() != "cuda":
         raise ConfigError("--backend", backend, "it moves tensors of GPUs, and there are none here", "Take gloo")
-
-
-def from_rank(source: int, value: T) -> T:
-    """``value`` of rank ``source``, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
 
 
 def evaluate(engine: Any, batches: Iterator[Any] | None, count: int, compute_loss: bool = True) -> list[Tensor] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import engine_cases
 import pytest
+import torch
 import worlds
 
 
@@ -65,3 +66,26 @@ def test_a_rank_that_hangs_runs_into_the_time_out() -> None:
     first = failure.value.errors[0]
     assert first is not None and "stage" in first and "was waiting for the gradient of micro-batch" in first
     assert "within 3 s" in first
+
+
+def head_fails_on_rank_1(case: dict[str, Any]) -> None:
+    """Not by its settings, which is a ConfigError, but as a full disk or memory fails."""
+    from ds_decoupled.stages import heads
+
+    make = heads.make_head
+
+    def make_head(*args: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise MemoryError("no room on this rank")
+        return make(*args)
+
+    heads.make_head = make_head
+    engine_cases.only_build(case)
+
+
+def test_a_head_that_one_rank_cannot_make() -> None:
+    """Whatever it fails with, every rank says it, and none waits for the others."""
+    case = {"method": "dgl", "net": "counted", "stages": 4, "batches": 2, "block": {"head": "odd_layers:linear_head"}}
+    with pytest.raises(worlds.RankFailed) as failure:
+        worlds.run(2, head_fails_on_rank_1, case, timeout=30)
+    assert all(error is not None and "no room on this rank" in error for error in failure.value.errors), failure.value

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_decoupled import compat
+from ds_decoupled.collectives import gather
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim import sparse
 from ds_decoupled.optim.client import ClientOptimizer
@@ -214,7 +215,7 @@ class StageOptimizers(Optimizer):
 
     def find_out(self) -> None:
         """Whether any rank has something to train. A collective call."""
-        if not any(compat.gather_objects(bool(self.trained))) and not self.missing:
+        if not any(gather(bool(self.trained))) and not self.missing:
             self.missing = ("train_batch has nothing to train: no parameter that the optimizer was given requires a gradient; "
                             "eval_batch works all the same")
 

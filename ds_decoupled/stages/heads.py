@@ -11,7 +11,8 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from ds_decoupled.compat import gather_objects, layer_specs
+from ds_decoupled.collectives import gather, together
+from ds_decoupled.compat import layer_specs
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.heads import (
     LAST_LAYER,
@@ -182,22 +183,19 @@ def build_heads(engine: DecoupledPipelineEngine) -> SharedReadout | None:
         raise ConfigError("decoupled.input_shape", config.input_shape, "; ".join(complaints), "Is it the shape of one of its "
                           "inputs? Where it does not say enough, give DecoupledPipelineModule a sample_input.")
     outputs = passed[0][0][0][-1]
-    failure: ConfigError | None = None
-    readout: SharedReadout | None = None
-    try:
-        like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
-        if shared_blocks(config.head) is not None:
-            readout = make_readout(layer_specs(module), like, engine.device)
+    like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
+
+    def make() -> SharedReadout | None:
+        shares = shared_blocks(config.head) is not None
+        readout = make_readout(layer_specs(module), like, engine.device) if shares else None
         for (index, stage), given in zip(stages.items(), here):
             if isinstance(stage, LocalStage) and first_loss <= index < last:
                 with stage.autocast.forward():
                     stage.head = make_head(config.head, given, outputs, engine.seeds.base, index, like, engine.device,
                                            layer_specs(module), readout)
-    except ConfigError as error:
-        failure = error
-    first = next((fields for fields in gather_objects(failure and failure.fields) if fields), None)
-    if first is not None:
-        raise ConfigError(*first)
+        return readout
+
+    readout = together(make)
     _give_losses(engine)
     return readout
 
@@ -221,7 +219,7 @@ def _pass_through(engine: DecoupledPipelineEngine, sample: Tensors) -> tuple[lis
             except Exception as error:
                 kinds = [f"{str(dtype).removeprefix('torch.')} {tuple(shape)}" for shape, dtype in description]
                 given = f"a blank sample, {', '.join(kinds)}, does not pass: {error}"
-        passed = next(value for value in gather_objects(given) if value is not None)
+        passed = next(value for value in gather(given) if value is not None)
         if isinstance(passed, str):
             break
     return here, passed
@@ -234,7 +232,7 @@ def _give_losses(engine: DecoupledPipelineEngine) -> None:
         return
     last = engine.placement.stages - 1
     # Each rank made its own; the last stage's is the one that counts.
-    told = gather_objects(loss_fn.state_dict() if last in engine.stages else None)
+    told = gather(loss_fn.state_dict() if last in engine.stages else None)
     state = next(value for value in told if value is not None)
     for stage in engine.stages.values():
         if isinstance(stage, LocalStage) and stage.head is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_decoupled.compat import gather_objects
+from ds_decoupled.collectives import gather
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models.hugging_face.adapters import adapters, merged
 from ds_decoupled.models.hugging_face.parts import EmbeddingPart, HeadPart, Part
@@ -38,7 +38,7 @@ def to_hugging_face(engine: Any, path: str | Path, *, merge_adapters: bool = Tru
     ends = ((EmbeddingPart, engine.is_first_stage()), (HeadPart, engine.is_last_stage()))
     unused = tuple(kind for kind, used in ends if not used)
     parts = [part for part in engine.module.modules() if isinstance(part, Part) and not isinstance(part, unused)]
-    if not all(gather_objects(bool(parts))):
+    if not all(gather(bool(parts))):
         raise ConfigError("model", type(engine.module).__name__, "its layers are not those of from_hugging_face()")
     conversion = parts[0].conversion
     if conversion.peft_config is not None and not merge_adapters:
@@ -51,7 +51,7 @@ def to_hugging_face(engine: Any, path: str | Path, *, merge_adapters: bool = Tru
         tensors |= _tensors(part)
     writes = engine.grid.get_data_parallel_rank() == 0
     _write(folder, filename, tensors if writes else {})
-    sizes = gather_objects({name: (filename, t.nbytes) for name, t in tensors.items()} if writes else {})
+    sizes = gather({name: (filename, t.nbytes) for name, t in tensors.items()} if writes else {})
     if dist.get_rank() == 0:
         found = {name: entry for part in sizes for name, entry in part.items()}
         if ranks > 1:
@@ -90,7 +90,7 @@ def _write(folder: Path, filename: str, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, folder / filename, metadata={"format": "pt"})
     except Exception as error:
         failure = f"rank {dist.get_rank()} could not write {folder / filename}: {error}"
-    failures = [text for text in gather_objects(failure) if text]
+    failures = [text for text in gather(failure) if text]
     if failures:
         raise OSError(failures[0])
 
@@ -102,7 +102,7 @@ def _write_adapters(engine: Any, parts: list[Part], folder: Path) -> None:
         for part in parts:
             own |= {name: t.contiguous().cpu() for name, t in adapters(part.root).items()}
     everything: dict[str, Tensor] = {}
-    for some in gather_objects(own):
+    for some in gather(own):
         everything |= some
     _write(folder, "adapter_model.safetensors", everything if dist.get_rank() == 0 else {})
     if dist.get_rank() == 0:
