@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
+import torch
 import torch.distributed as dist
 
-from ds_decoupled.errors import ConfigError, RankError, Verbatim
+from ds_decoupled.errors import ConfigError, RankError, Verbatim, one_line
 
 T = TypeVar("T")
 
@@ -36,6 +37,20 @@ def from_rank(source: int, value: T) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def first_reason(error: Exception | None, group: Any, device: torch.device) -> str | None:
+    """Why the first of the ranks of ``group`` that failed did, on all of them; None where none did. A collective call.
+
+    One number is reduced, because this stands in every training call; words are gathered only where there are any.
+    """
+    failed = torch.tensor([0 if error is None else 1], device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed.item():
+        return None
+    reasons: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, None if error is None else one_line(error), group=group)
+    return next(reason for reason in reasons if reason is not None)
 
 
 @overload

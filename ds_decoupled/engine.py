@@ -24,7 +24,7 @@ from ds_decoupled import compat
 from ds_decoupled import instructions as ins
 from ds_decoupled.breakdown import Breakdown
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.collectives import from_rank, gather, together
+from ds_decoupled.collectives import first_reason, from_rank, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.feed import Feed, MicroBatch
@@ -250,25 +250,29 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def _fetch(self) -> None:
         """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
         first = self._first_micro_batch + self._fed - self.plan.k
-        fetched, error = [], None
+        fetched: list[MicroBatch] = []
+        error: Exception | None = None
         try:
             for _ in range(self.plan.k):
                 fetched.append(self.feed.next(self.data_iterator, self.batch_fn, "train_batch"))
         except Exception as failure:
             error = failure
-        failures = [one_line(error) if error is not None else None]
-        if self.is_data_parallel:  # the others would wait for this replica's gradients
-            failures = [None] * self.dp_world_size
-            dist.all_gather_object(failures, one_line(error) if error is not None else None,
-                                   group=self.mpu.get_data_parallel_group())
-        if error is not None:
-            self._data_ended(first, None if isinstance(error, StopIteration) else error)
-        elif any(failures):
-            reason = next(text for text in failures if text)
-            self._data_ended(first, None if reason.startswith(StopIteration.__name__) else
-                             PeerError(f"the data of another replica failed before micro-batch {first}: {reason}", 0, reason))
-        else:
+        error = self._error_of_replicas(error)
+        if error is None:
             self._batches.extend(fetched)
+        else:
+            self._data_ended(first, None if isinstance(error, StopIteration) else error)
+
+    def _error_of_replicas(self, error: Exception | None) -> Exception | None:
+        """What this replica's data failed with, or another's, whose ranks would wait for this one's gradients or loss."""
+        if not self.is_data_parallel:
+            return error
+        reason = first_reason(error, self.mpu.get_data_parallel_group(), self.device)
+        if error is not None or reason is None:
+            return error
+        if reason.startswith(StopIteration.__name__):
+            return StopIteration("the data of another replica ended")
+        return PeerError(f"the data of another replica failed: {reason}", 0, reason)
 
     def _data_ended(self, micro_batch: int, error: Exception | None = None) -> None:
         """``micro_batch`` and those after it will not come, and why if not for the data's end; the next rank learns it at once.
@@ -563,14 +567,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 self.network.end_evaluation(micro_batch, error)
                 break
             results.append(self._evaluate(micro_batch, parts, compute_loss))
-        if self.is_data_parallel:  # the other replicas would wait for this one's loss
-            reasons: list[str | None] = [None] * self.dp_world_size
-            dist.all_gather_object(reasons, one_line(error) if error is not None else None,
-                                   group=self.mpu.get_data_parallel_group())
-            reason = next((text for text in reasons if text), None)
-            if error is None and reason is not None:
-                error = PeerError(f"the evaluation data of another replica failed: {reason}", 0, reason)
-        return results, error
+        return results, self._error_of_replicas(error)
 
     def _evaluate(self, micro_batch: int, parts: tuple[Any, ...], compute_loss: bool) -> Any:
         """One micro-batch through this rank's stages; on the last one ``(loss, outputs)``."""

@@ -156,6 +156,26 @@ def test_another_replicas_data() -> None:
         assert "picture 7 is torn" in train and "picture 7 is torn" in evaluation
 
 
+def replicas_of_different_length(case: dict[str, Any]) -> tuple[str, int]:
+    """Two replicas, one of which has less data; then both go on with other data."""
+    engine = engine_cases.build(case)
+    data, calls = iter(batches(3 + 2 * engine.mpu.get_data_parallel_rank())), 0
+    try:
+        while True:
+            engine.train_batch(data)
+            calls += 1
+    except StopIteration as end:
+        engine.drain()
+        engine.train_batch(iter(batches(1)))
+        engine.drain()
+        return str(end), calls
+
+
+def test_replicas_stop_with_the_first_that_ends() -> None:
+    for text, calls in worlds.run(2, replicas_of_different_length, {"method": "delayed", "pipe_ranks": 1, "batches": 6}):
+        assert "the data ended before micro-batch 3" in text and calls == 3
+
+
 class OwnLoss(nn.Module):
     """Gives the loss itself."""
 
