@@ -42,6 +42,9 @@ def _rank_main(pipe: Connection, rank: int, world: int, port: int, log: str, fn:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
+    # As in a user's process. A rank would inherit the fork server's way, in which a lock keeps its name in shared memory until
+    # its process ends in order; this one does not.
+    mp.set_start_method("fork", force=True)
     mp.current_process()._config["daemon"] = False  # DeepSpeed's data loader starts workers, which daemons may not
     try:
         torch.save(fn(*args), log + ".result")  # by file: tensors in a pipe would need this process to live on
