@@ -166,8 +166,8 @@ def test_tiny_run(tmp_path: Path) -> None:
         assert (row["bytes_per_sample"] > 0) == (row["ranks"] > 1), key
         assert all(0 <= share < 1 for shares in row["idle"] for share in shares), key
     assert rows["petra", 2, 4]["bounds"] == rows["1f1b-checkpoint", 2, 4]["bounds"]
-    # Where PETRA's cut is `delayed`'s and right above a reversible layer, it sends activations up, activations and gradients down:
-    # three for two. Another layer keeps its input, and gets no activation back.
+    # Where PETRA's cut is `delayed`'s and right above a reversible layer, it sends activations up, activations and gradients
+    # down: three for two. Another layer keeps its input, and gets no activation back.
     bounds = rows["petra", 2, 4]["bounds"]
     if bounds == rows["delayed", 2, 4]["bounds"]:
         ratio = rows["petra", 2, 4]["bytes_per_sample"] / rows["delayed", 2, 4]["bytes_per_sample"]
