@@ -1,105 +1,44 @@
 """Actions as DeepSpeed instructions, and a stretch of a plan as a DeepSpeed ``PipeSchedule``.
 
-Every instruction carries ``stage`` and ``micro_batch``; for :class:`Update` the latter is the update's number.
+Every row of the table of kinds has an instruction class, made when it is first asked for. Every instruction carries ``stage``
+and ``micro_batch``; for an update the latter is the update's number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
-from ds_decoupled.schedules import Action, Kind, Plan
+from ds_decoupled.schedules import KINDS, Action, Kind, Plan
 
 
-class Load(PipeInstruction):
-    """Take a micro-batch from the data iterator."""
-
-
-class Forward(PipeInstruction):
-    """Forward pass of a stage."""
-
-
-class ForwardLossBackward(PipeInstruction):
-    """Forward, loss and backward of the last stage in one."""
-
-
-class ForwardHead(PipeInstruction):
-    """Forward of a stage, the loss of its own head, and that loss's gradient to the stage's input."""
-
-
-class Relay(PipeInstruction):
-    """A gradient of a loss above, passed on to the stage's input."""
-
-
-class Backward(PipeInstruction):
-    """Backward pass through the kept graph."""
-
-
-class BackwardRecompute(Backward):
-    """Backward pass by recomputation from the kept input."""
-
-
-class BackwardReconstruct(Backward):
-    """Backward pass by reconstruction from the output."""
-
-
-class WeightGradients(PipeInstruction):
-    """The weights' gradients, put off until the input's gradient was sent."""
-
-
-class Update(PipeInstruction):
-    """Optimizer step of one stage."""
-
-
-class SendActivation(PipeInstruction):
-    """Send a stage's output to the next rank."""
-
-
-class RecvActivation(PipeInstruction):
-    """Receive a stage's input from the previous rank."""
-
-
-class SendGradient(PipeInstruction):
-    """Send the gradient of a stage's input to the previous rank."""
-
-
-class RecvGradient(PipeInstruction):
-    """Receive the gradient of a stage's output from the next rank."""
-
-
-class SendReconstruction(SendGradient):
-    """Send the gradient of a stage's input together with the input."""
-
-
-class RecvReconstruction(RecvGradient):
-    """Receive the gradient of a stage's output together with the output."""
-
-
-INSTRUCTION_OF: dict[Kind, type[PipeInstruction]] = {
-    Kind.LOAD: Load,
-    Kind.FORWARD: Forward,
-    Kind.LOSS: ForwardLossBackward,
-    Kind.HEAD: ForwardHead,
-    Kind.RELAY: Relay,
-    Kind.BACKWARD: Backward,
-    Kind.RECOMPUTE: BackwardRecompute,
-    Kind.RECONSTRUCT: BackwardReconstruct,
-    Kind.WEIGHTS: WeightGradients,
-    Kind.UPDATE: Update,
-    Kind.SEND_ACTIVATION: SendActivation,
-    Kind.RECV_ACTIVATION: RecvActivation,
-    Kind.SEND_GRADIENT: SendGradient,
-    Kind.RECV_GRADIENT: RecvGradient,
-    Kind.SEND_RECONSTRUCTION: SendReconstruction,
-    Kind.RECV_RECONSTRUCTION: RecvReconstruction,
-}
+@cache
+def instruction_class(kind: Kind) -> type[PipeInstruction]:
+    """The instruction of an action kind; always the same class for the same kind, as DeepSpeed looks it up by its type."""
+    return type(kind.name, (PipeInstruction,), {"__doc__": f"{kind.words.capitalize()}.", "__module__": __name__})
 
 
 def instruction(action: Action, first_micro_batch: int) -> PipeInstruction:
-    """``action`` of a run that began at ``first_micro_batch``, as an instruction with micro-batches of the whole run."""
-    shift = 0 if action.kind is Kind.UPDATE else first_micro_batch
-    return INSTRUCTION_OF[action.kind](stage=action.stage, micro_batch=action.micro_batch + shift)
+    """``action`` of a run that began at ``first_micro_batch``, as an instruction with micro-batches of the whole training."""
+    shift = 0 if action.kind.per_update else first_micro_batch
+    return instruction_class(action.kind)(stage=action.stage, micro_batch=action.micro_batch + shift)
+
+
+def instruction_map(act: Callable[[Action], None]) -> dict[type[PipeInstruction], Callable[..., None]]:
+    """For DeepSpeed's loop: for every kind's instruction, a function that lets ``act`` do it.
+
+    DeepSpeed binds the functions to its engine, which they do not need.
+    """
+    def doing(kind: Kind) -> Callable[..., None]:
+        def do(engine: Any, stage: int, micro_batch: int) -> None:
+            act(Action(stage, kind, micro_batch))
+
+        return do
+
+    return {instruction_class(kind): doing(kind) for kind in KINDS.values()}
 
 
 class DecoupledSchedule(PipeSchedule):

@@ -1,13 +1,17 @@
 """Actions have a text form that reads back."""
 
+import copy
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_decoupled.schedules import Action, Kind, format_actions, parse_actions
-from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, parse_action
+from ds_decoupled.schedules import KINDS, Action, Kind, format_actions, parse_actions
+from ds_decoupled.schedules.actions import parse_action
+from ds_decoupled.schedules.kinds import matching
 
-actions = st.builds(Action, st.integers(0, 99), st.sampled_from(Kind), st.integers(0, 10**6))
+actions = st.builds(Action, st.integers(0, 99), st.sampled_from([*KINDS.values()]), st.integers(0, 10**6))
 
 
 def test_text_form() -> None:
@@ -34,10 +38,13 @@ def test_unknown_kind_lists_the_known_ones() -> None:
 
 
 def test_kinds() -> None:
-    assert {k.value for k in Kind if k.is_backward} == {k.value for k in BACKWARDS} == {"B", "C", "R"}
-    assert {k.value for k in Kind if k.is_send} == {"SA", "SG", "SR"}
-    assert {k.value for k in Kind if k.is_recv} == {"RA", "RG", "RR"}
-    assert {MATCHING_SEND[recv] for recv in MATCHING_RECV.values()} == set(MATCHING_RECV)
+    assert {k.letter for k in KINDS.values() if k.is_backward} == {"B", "C", "R"}
+    assert {k.letter for k in KINDS.values() if k.is_send} == {"SA", "SG", "SR"}
+    assert {k.letter for k in KINDS.values() if k.is_recv} == {"RA", "RG", "RR"}
+    for kind in KINDS.values():
+        if kind.moves:
+            assert matching(kind).moves not in (None, kind.moves) and matching(matching(kind)) is kind
+        assert copy.deepcopy(kind) is kind and pickle.loads(pickle.dumps(kind)) is kind
 
 
 def test_an_action_is_a_value() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ds_decoupled.config import CompileSettings, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.stages.compiled import check_compiler, compile_layers
-from ds_decoupled.stages.graph import GraphRun
+from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.layers import Layers
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.stage import unique_parameters
@@ -111,7 +111,7 @@ def gradients(layer: nn.Module, settings: CompileSettings | None, by_reference: 
     if settings is not None:
         compile_layers([layer], settings, by_reference)
     weights = Weights(unique_parameters([layer]), stashed=False)
-    run = GraphRun(Layers([layer], 0, LayerSeeds(0, 0, torch.device("cpu"))), weights, need_input_grad=True)
+    run = GraphSegment(Layers([layer], 0, LayerSeeds(0, 0, torch.device("cpu"))), weights, need_input_grad=True)
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(4, 8, generator=generator) for _ in range(2))
     run.forward(0, x)

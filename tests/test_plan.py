@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_decoupled.config import PRESETS
-from ds_decoupled.schedules import Action, Kind, Placement, Plan, add_communication, format_actions, parse_actions
+from ds_decoupled.schedules import KINDS, Action, Kind, Placement, Plan, add_communication, format_actions, parse_actions
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES, RANKS = 4, 2
@@ -85,7 +85,7 @@ def test_who_wants_its_output_back() -> None:
     assert preset_plan("petra", placement, 1).wants_output == {0, 1, 2}
     assert preset_plan("dsp", placement, 1).wants_output == frozenset()
     mixed = Plan.make(placement, hops=(1, 1), k=1, recover="reconstruct", flush=False, wants_output=frozenset({1}))
-    kinds = [{a.kind.value for a in chain(*mixed.run(rank, 3)) if a.kind.is_send or a.kind.is_recv}
+    kinds = [{a.kind.letter for a in chain(*mixed.run(rank, 3)) if a.kind.is_send or a.kind.is_recv}
              for rank in range(4)]
     assert kinds == [{"SA", "RG"}, {"RA", "SA", "RR", "SG"}, {"RA", "SA", "RG", "SR"}, {"RA", "SG"}]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_decoupled.analysis.kinds import ROWS
 from ds_decoupled.analysis.simulate import Simulation
+from ds_decoupled.schedules.kinds import KINDS
 
 
 def timeline(simulation: Simulation, path: str | Path, *, until: float | None = None, title: str = "") -> None:
@@ -38,13 +38,13 @@ def timeline(simulation: Simulation, path: str | Path, *, until: float | None = 
             continue
         end = min(event.end, until)
         axes.broken_barh([(event.start, end - event.start)], (event.rank - 0.4, 0.8),
-                         facecolors=ROWS[event.action.kind].colour, edgecolor="white", linewidth=0.8)
+                         facecolors=event.action.kind.colour, edgecolor="white", linewidth=0.8)
         if (end - event.start) * width < 0.2 * until:
             continue  # no room for a number
         text = f"{event.action.stage}:{event.action.micro_batch}" if several else str(event.action.micro_batch)
         axes.text((event.start + end) / 2, event.rank, text, ha="center", va="center", fontsize=7, clip_on=True)
     drawn = {event.action.kind for event in simulation.events if event.start < event.end}
-    axes.legend(handles=[Patch(color=row.colour, label=row.words) for kind, row in ROWS.items() if kind in drawn],
+    axes.legend(handles=[Patch(color=kind.colour, label=kind.words) for kind in KINDS.values() if kind in drawn],
                 loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
     axes.set(xlim=(0, until), ylim=(ranks - 0.5, -0.5), yticks=range(ranks),
              yticklabels=[f"rank {r}" for r in range(ranks)], title=title,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ds_decoupled.analysis.pictures import timeline
 from ds_decoupled.analysis.simulate import Costs, Simulation, simulate
-from ds_decoupled.analysis.staircase import LEGEND, UPDATE_LEGEND, staircase
+from ds_decoupled.analysis.staircase import legend, staircase
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.schedules.partition import Placement
@@ -74,14 +74,13 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     steady = run if axes.flush or drawn >= endless else simulate(plan, endless, costs)
 
     seen = {action.kind for rank in range(shape.ranks) for actions in plan.run(rank, drawn) for action in actions}
-    legend = [text for kind, text in LEGEND.items() if kind in seen]
     hops = "a flush after every batch" if axes.flush else f"hops ({axes.hops[0]}, {axes.hops[1]})"
     title = f"{config.method}: {_count(shape.stages, 'stage')} on {_count(shape.ranks, 'rank')}, {hops}, k = {shape.k}"
     parts = [title + "".join(f"\nnote: {note}" for note in notes)]
     cut = rows < drawn + fill and (axes.flush or shape.micro_batches)
     parts.append(staircase(lists, plan.placement.rank_bounds, updates=True)
                  + (f"\n(the first {rows} of {drawn + fill} ticks)" if cut else "")
-                 + f"\n{'; '.join([*legend, UPDATE_LEGEND])}")
+                 + f"\n{'; '.join(legend(seen))}")
     parts.append(_stage_table(plan, steady, axes.weights == "stashed"))
     if shape.ranks > 1:
         parts.append(_link_table(plan, steady))

@@ -18,17 +18,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NoReturn
 
-from ds_decoupled.analysis.kinds import ROWS
 from ds_decoupled.analysis.staircase import Lists, staircase
 from ds_decoupled.errors import PlanError
-from ds_decoupled.schedules.actions import BACKWARDS, MATCHING_RECV, MATCHING_SEND, Action, Kind
+from ds_decoupled.schedules.actions import Action
+from ds_decoupled.schedules.kinds import Kind, Slot, matching
 from ds_decoupled.schedules.plan import Plan
 
-#: How many messages of one unit a message carries: a reconstruction travels together with its gradient.
-PAYLOADS = {Kind.SEND_ACTIVATION: 1, Kind.SEND_GRADIENT: 1, Kind.SEND_RECONSTRUCTION: 2}
-
-_PAYLOAD_NAME = {Kind.RECV_ACTIVATION: "activation", Kind.RECV_GRADIENT: "gradient",
-                 Kind.RECV_RECONSTRUCTION: "gradient and reconstruction"}
+#: What lies in a slot, and where: its direction (or its name), the link or stage, and the micro-batch.
+Item = tuple[str, int, int]
+_PUT_OFF = Slot.PUT_OFF.name
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Costs:
     """What actions and links cost, in any one unit of time.
 
     Attributes:
-        kinds: cost of an action by kind, on every stage; what is left out costs what :mod:`ds_decoupled.analysis.kinds` says,
-            and the weights' own gradients (``W``) as much as the stage's forward pass. A backward pass whose weights'
+        kinds: cost of an action by kind, on every stage; what is left out costs what :mod:`ds_decoupled.schedules.kinds`
+            says, and the weights' own gradients (``W``) as much as the stage's forward pass. A backward pass whose weights'
             gradients are put off costs so much less.
         stages: cost by ``(stage, kind)``, where a stage differs (for example a measured time).
         link: time from a send to the message's arrival on another rank.
@@ -55,7 +53,7 @@ class Costs:
             return float(self.stages[stage, kind])
         if kind in self.kinds:
             return float(self.kinds[kind])
-        return self.of(stage, Kind.FORWARD) if kind is Kind.WEIGHTS else float(ROWS[kind].cost)
+        return float(kind.cost) if kind.cost_like is None else self.of(stage, kind.cost_like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,19 +149,27 @@ class _Message:
     arrival: float
 
 
+def _item(slot: Slot, action: Action) -> Item:
+    """What lies in ``slot`` for ``action``."""
+    return slot.travels or slot.name, slot.link(action.stage), action.micro_batch
+
+
 class _Rank:
-    """Where one rank is: its next action, its clock, and what it holds by (stage, micro-batch)."""
+    """Where one rank is: its next action, its clock, and what it holds."""
 
     def __init__(self, ticks: Sequence[Sequence[Action]]) -> None:
         self.todo = [(tick, action) for tick, actions in enumerate(ticks) for action in actions]
         self.next = 0
         self.clock = self.busy = 0.0
-        self.loaded: set[int] = set()
-        #: Stage s's output, the gradient of stage s's output, and stage s's weights' gradients that are put off.
-        self.activations: set[tuple[int, int]] = set()
-        self.gradients: Counter[tuple[int, int]] = Counter()  # several, of several losses
-        self.put_off: set[tuple[int, int]] = set()
+        self.held: Counter[Item] = Counter()  # several gradients of one micro-batch, of several losses
         self.tick_ends = [0.0] * len(ticks)
+
+    def take(self, item: Item) -> bool:
+        """Whether it was there."""
+        if not self.held[item]:
+            return False
+        self.held[item] -= 1
+        return True
 
     @property
     def current(self) -> tuple[int, Action] | None:
@@ -183,14 +189,11 @@ class _Run:
         self.queues: dict[tuple[int, str], deque[_Message]] = {}
         self.messages: Counter[tuple[int, str]] = Counter()
         self.payloads: Counter[tuple[int, str]] = Counter()
-        #: (stage, micro-batch) whose backward pass leaves the weights' gradients for an action of its own.
-        self.split = {(a.stage, a.micro_batch) for ticks in lists for actions in ticks for a in actions
-                      if a.kind is Kind.WEIGHTS}
         #: For each (stage, micro-batch) in flight: the tick of its forward, and the stage's updates until then.
         self.in_flight: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.stages)]
-        #: Gradients that a stage still waits for, by (stage, micro-batch).
-        self.wanted = Counter((a.stage, a.micro_batch) for ticks in lists for actions in ticks for a in actions
-                              if a.kind in BACKWARDS or a.kind is Kind.RELAY)
+        #: What some action is still to take.
+        self.wanted = Counter(_item(a.kind.takes, a) for ticks in lists for actions in ticks for a in actions
+                              if a.kind.computes and a.kind.takes is not None)
         self.updates = [0] * self.stages
         self.delays, self.crossed, self.records = [0] * self.stages, [0] * self.stages, [0] * self.stages
         self.finished: Counter[int] = Counter()
@@ -236,9 +239,9 @@ class _Run:
 
     def _queue(self, action: Action) -> tuple[int, str]:
         """The link and direction that a send or receive uses."""
-        forward = action.kind in (Kind.SEND_ACTIVATION, Kind.RECV_ACTIVATION)
-        upper = action.kind is Kind.SEND_ACTIVATION or (not forward and action.kind.is_recv)
-        return (action.stage if upper else action.stage - 1), "forward" if forward else "backward"
+        slot = action.kind.takes or action.kind.gives[0]
+        assert slot.travels is not None
+        return slot.link(action.stage), slot.travels
 
     def _receive(self, r: int, action: Action) -> bool:
         rank, key = self.ranks[r], self._queue(action)
@@ -246,32 +249,25 @@ class _Run:
         if not queue:
             return False
         head = queue.popleft()
-        if head.micro_batch != action.micro_batch or MATCHING_RECV[head.kind] is not action.kind:
-            self._broken(r, f"the next message on link {key[0]} {key[1]} is a {head.kind.value} of micro-batch "
+        if head.micro_batch != action.micro_batch or matching(head.kind) is not action.kind:
+            self._broken(r, f"the next message on link {key[0]} {key[1]} is a {head.kind.letter} of micro-batch "
                             f"{head.micro_batch}")
         rank.clock = max(rank.clock, head.arrival)
-        item = (key[0], action.micro_batch)
-        if action.kind is Kind.RECV_ACTIVATION:
-            rank.activations.add(item)
-        else:
-            rank.gradients[item] += 1
+        for slot in action.kind.gives:
+            rank.held[_item(slot, action)] += 1
         return True
 
     def _send(self, r: int, action: Action) -> None:
         rank, key = self.ranks[r], self._queue(action)
-        item = (key[0], action.micro_batch)
+        assert action.kind.takes is not None
         if not 0 <= key[0] < self.stages - 1 or self.rank_of_stage[key[0]] == self.rank_of_stage[key[0] + 1]:
             self._broken(r, "no link between two ranks there")
-        if item not in (rank.activations if action.kind is Kind.SEND_ACTIVATION else rank.gradients):
+        if not rank.take(_item(action.kind.takes, action)):
             self._broken(r, "what it sends has not been computed")
-        if action.kind is Kind.SEND_ACTIVATION:
-            rank.activations.remove(item)
-        else:
-            _take(rank.gradients, item)
         message = _Message(action.kind, action.micro_batch, rank.clock + self.costs.link)
         self.queues.setdefault(key, deque()).append(message)
         self.messages[key] += 1
-        self.payloads[key] += PAYLOADS[action.kind]
+        self.payloads[key] += action.kind.payload
 
     # Computation
 
@@ -279,52 +275,40 @@ class _Run:
         rank, s, kind, m = self.ranks[r], action.stage, action.kind, action.micro_batch
         start = rank.clock
         cost = self.costs.of(s, kind)
-        if _goes_back(kind) and (s, m) in self.split:
+        if Slot.PUT_OFF in kind.gives and self.wanted[_PUT_OFF, s, m]:
             cost = max(0.0, cost - self.costs.of(s, Kind.WEIGHTS))
         rank.clock += cost
         rank.busy += cost
-        if kind is Kind.LOAD:
-            rank.loaded.add(m)
-        elif kind is Kind.UPDATE:
+        if kind.per_update:
             if m != self.updates[s]:
                 self._broken(r, f"the stage's next update is number {self.updates[s]}")
-            if any(stage == s for stage, _ in rank.put_off):
+            if any(count and what == _PUT_OFF and stage == s for (what, stage, _), count in rank.held.items()):
                 self._broken(r, "weights' gradients that were put off are still missing")
             self.updates[s] += 1
-        elif kind is Kind.WEIGHTS:
-            if (s, m) not in rank.put_off:
-                self._broken(r, "the backward pass has not run")
-            rank.put_off.remove((s, m))
-        if _goes_forward(kind):
-            self._forward(r, tick, action)
-        if kind in BACKWARDS or kind is Kind.RELAY:
-            if (s, m) not in rank.gradients:
-                self._broken(r, "the gradient of the stage's output is not there")
-            _take(rank.gradients, (s, m))
-        if _goes_back(kind):
+        if kind.takes not in (None, Slot.BATCH) and not rank.take(_item(kind.takes, action)):
+            self._broken(r, self._missing(kind.takes, s))
+        if kind.begins:
+            self.in_flight[s][m] = (tick, self.updates[s])
+            self.records[s] = max(self.records[s], len(self.in_flight[s]))
+        if kind.ends:
             self._backward(r, tick, action)
-            if (s, m) in self.split:
-                rank.put_off.add((s, m))
-        # The first ones go down: a window's last loss is beyond the window of the stage below.
-        if (_goes_back(kind) or kind in (Kind.HEAD, Kind.RELAY)) and self.wanted[s - 1, m] > 0:
-            self.wanted[s - 1, m] -= 1
-            rank.gradients[s - 1, m] += 1
+        for slot in kind.gives:
+            self._give(rank, slot, action)
         self.events[r].append(Event(r, tick, action, start, rank.clock))
 
-    def _forward(self, r: int, tick: int, action: Action) -> None:
-        rank, s, m = self.ranks[r], action.stage, action.micro_batch
-        if s == 0:
-            if m not in rank.loaded:
-                self._broken(r, "the micro-batch has not been loaded")
-            rank.loaded.remove(m)
-        elif (s - 1, m) not in rank.activations:
-            self._broken(r, "the stage's input is not there")
-        else:
-            rank.activations.remove((s - 1, m))
-        if s < self.stages - 1:
-            rank.activations.add((s, m))
-        self.in_flight[s][m] = (tick, self.updates[s])
-        self.records[s] = max(self.records[s], len(self.in_flight[s]))
+    def _give(self, rank: _Rank, slot: Slot, action: Action) -> None:
+        item = _item(slot, action)
+        if slot.travels == "forward":
+            rank.held[item] += slot.link(action.stage) < self.stages - 1
+        elif self.wanted[item]:  # the first ones go down: a window's last loss is beyond the window of the stage below
+            self.wanted[item] -= 1
+            rank.held[item] += 1
+
+    @staticmethod
+    def _missing(slot: Slot, stage: int) -> str:
+        if slot is Slot.PUT_OFF:
+            return "the backward pass has not run"
+        return "the micro-batch has not been loaded" if slot.link(stage) < 0 else f"{slot.value} is not there"
 
     def _backward(self, r: int, tick: int, action: Action) -> None:
         s, m = action.stage, action.micro_batch
@@ -343,8 +327,8 @@ class _Run:
         Up to a tick that is full on rank 0, no rank lacked work that it has in an endless run, whatever came after. The
         times repeat with some number of ticks (the length of the slowest circle of waits), found in the second half.
         """
-        backwards = [e.tick for e in self.events[0] if e.action.stage == 0 and _goes_back(e.action.kind)]
-        forwards = [e.tick for e in self.events[0] if e.action.stage == 0 and _goes_forward(e.action.kind)]
+        backwards = [e.tick for e in self.events[0] if e.action.stage == 0 and e.action.kind.ends]
+        forwards = [e.tick for e in self.events[0] if e.action.stage == 0 and e.action.kind.begins]
         if not backwards:
             return None
         ends = self.ranks[0].tick_ends[min(backwards):max(forwards) + 1]
@@ -371,13 +355,13 @@ class _Run:
                 continue
             tick, action = rank.current
             marked.add((tick, action.stage))
-            lines.append(f"rank {r} waits for {action} in tick {tick} ({_PAYLOAD_NAME[action.kind]} of micro-batch "
+            lines.append(f"rank {r} waits for {action} in tick {tick} ({action.kind.carries} of micro-batch "
                          f"{action.micro_batch}), {self._sender(action)}")
         raise PlanError("\n".join(lines) + "\n" + self._picture(marked))
 
     def _sender(self, action: Action) -> str:
         link, direction = self._queue(action)
-        sent = Action(link if direction == "forward" else link + 1, MATCHING_SEND[action.kind], action.micro_batch)
+        sent = Action(link if direction == "forward" else link + 1, matching(action.kind), action.micro_batch)
         for r, rank in enumerate(self.ranks):
             for tick, later in rank.todo[rank.next:]:
                 if later == sent:
@@ -397,26 +381,13 @@ class _Run:
                 raise PlanError(f"{len(queue)} messages on link {link} {direction} were never received, the first of "
                                 f"micro-batch {queue[0].micro_batch}")
         for r, rank in enumerate(self.ranks):
-            for what, left in (("a loaded micro-batch", {(0, m) for m in rank.loaded}),
-                               ("the activation", rank.activations), ("the gradient of the activation", rank.gradients),
-                               ("the put-off weights' gradients", rank.put_off)):
-                if left:
-                    stage, m = min(left)
-                    raise PlanError(f"rank {r} ends with {what} of stage {stage} that nobody used: micro-batch {m}")
+            left = [item for item, count in rank.held.items() if count]
+            if left:
+                what, where, m = min(left, key=lambda item: (item[0] != "forward", item[0] != "backward", item))
+                name = {"forward": "the activation" if where >= 0 else "a loaded micro-batch",
+                        "backward": "the gradient of the activation"}.get(what, Slot[what].value if what in Slot.__members__ else what)
+                raise PlanError(f"rank {r} ends with {name} of stage {max(0, where)} that nobody used: micro-batch {m}")
         for s, flight in enumerate(self.in_flight):
             if flight:
                 raise PlanError(f"stage {s} never ran micro-batch {min(flight)} backward")
 
-
-def _goes_back(kind: Kind) -> bool:
-    return kind in BACKWARDS or kind is Kind.LOSS
-
-
-def _goes_forward(kind: Kind) -> bool:
-    return kind in (Kind.FORWARD, Kind.LOSS, Kind.HEAD)
-
-
-def _take(held: Counter[tuple[int, int]], item: tuple[int, int]) -> None:
-    held[item] -= 1
-    if not held[item]:
-        del held[item]

@@ -15,16 +15,23 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from itertools import pairwise
 
-from ds_decoupled.analysis.kinds import ROWS
-from ds_decoupled.schedules.actions import Action, Kind
+from ds_decoupled.schedules.actions import Action
+from ds_decoupled.schedules.kinds import KINDS, Kind
 
-#: What the letters in a cell mean.
-LEGEND = {kind: f"{kind.value} {row.words}" for kind, row in ROWS.items() if row.in_cells}
 UPDATE_MARK = "*"
-UPDATE_LEGEND = f"{UPDATE_MARK} {ROWS[Kind.UPDATE].words} follows"
 
 #: Every rank's list: ``lists[rank][tick]`` are the actions in order, as :meth:`Plan.run` gives them.
 Lists = Sequence[Sequence[Sequence[Action]]]
+
+
+def legend(kinds: Set[Kind]) -> list[str]:
+    """What the letters of ``kinds`` in a cell mean, and the mark of an update."""
+    told = [f"{kind.letter} {kind.words}" for kind in KINDS.values() if kind in kinds and _in_cells(kind)]
+    return [*told, f"{UPDATE_MARK} {Kind.UPDATE.words} follows"]
+
+
+def _in_cells(kind: Kind) -> bool:
+    return kind.computes and kind.in_cells
 
 
 def staircase(lists: Lists, rank_bounds: Sequence[int], *, first: int = 0, ticks: int | None = None,
@@ -66,7 +73,7 @@ def staircase(lists: Lists, rank_bounds: Sequence[int], *, first: int = 0, ticks
 
 def _cell(lists: Lists, rank: int, tick: int, stage: int, updates: bool, marked: bool) -> str:
     actions = [a for a in lists[rank][tick] if a.stage == stage] if tick < len(lists[rank]) else []
-    text = " ".join(f"{a.kind.value}{a.micro_batch}" for a in actions if a.kind in LEGEND)
+    text = " ".join(f"{a.kind.letter}{a.micro_batch}" for a in actions if _in_cells(a.kind))
     if updates and any(a.kind is Kind.UPDATE for a in actions):
         text += UPDATE_MARK
     return f">{text}<" if marked else text

@@ -83,14 +83,6 @@ class Ticks:
         """The tick in which the loss of ``stage + distance`` reaches ``stage``."""
         return self.forward(stage + distance, micro_batch) + self.hops[1] * distance
 
-    def gradients_sent(self, stage: int, tick: int) -> list[int]:
-        """Micro-batches whose gradients a stage sends down in a tick, in this order (some may not exist)."""
-        if not self.window:
-            return [tick - self.backward(stage, 0)]
-        # Only losses within the window of the stage below: its own, and those that it passes on.
-        return [tick - self.gradient(stage, j, 0) for j in range(min(self.reach(stage), self.window - 2) + 1)
-                if stage + j >= self.first_loss]
-
     def delay(self, stage: int) -> int:
         """Ticks between a stage's forward and backward of the same micro-batch: ``(a+b)(J-1-s)``, with a window
         ``(a+b) min(n-1, J-1-s)``."""

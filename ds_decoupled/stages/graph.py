@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_decoupled.stages.layers import backward, input_gradients
-from ds_decoupled.stages.run import Run
+from ds_decoupled.stages.segment import Segment
 from ds_decoupled.stages.weights import Saved, SavedActivation
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves, to_device
 
@@ -27,7 +27,7 @@ class _Record:
     saved: list[weakref.ref[Saved]] = field(default_factory=list)
 
 
-class GraphRun(Run):
+class GraphSegment(Segment):
     """Forward with a graph, backward through it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_decoupled.nn.heads import StageHead
-from ds_decoupled.stages.graph import GraphRun
+from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.stage import LossResult, Stage
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
@@ -63,9 +63,9 @@ class LocalStage(Stage):
         self._counts: dict[str, int] = {}
 
     @property
-    def _graph(self) -> GraphRun:
-        run = self.runs[0]
-        assert isinstance(run, GraphRun)
+    def _graph(self) -> GraphSegment:
+        run = self.segments[0]
+        assert isinstance(run, GraphSegment)
         return run
 
     @property

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ds_decoupled.stages.layers import backward, input_gradients
-from ds_decoupled.stages.run import Run
+from ds_decoupled.stages.segment import Segment
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves, to_device
 
 
-class RecomputeRun(Run):
+class RecomputeSegment(Segment):
     """Forward without a graph; backward runs the forward again on the kept input, with the weights that it finds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

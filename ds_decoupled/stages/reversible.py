@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.layers import backward, input_gradients
-from ds_decoupled.stages.run import Run
+from ds_decoupled.stages.segment import Segment
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
 
@@ -35,7 +35,7 @@ def is_invertible(layer: Any) -> bool:
     return isinstance(layer, nn.Module) and isinstance(layer, Invertible)
 
 
-class ReversibleRun(Run):
+class ReversibleSegment(Segment):
     """Forward without a graph and without a record; backward rebuilds layer by layer from the output."""
 
     wants_output = True
@@ -52,12 +52,12 @@ class ReversibleRun(Run):
         if not self._checked:
             self._checked = True
             if before != [t._version for t in as_tuple(inputs)]:
-                raise RuntimeError(f"a reversible run (layers from {self.layers.first}) changes its input in place; "
+                raise RuntimeError(f"a reversible segment (layers from {self.layers.first}) changes its input in place; "
                                    "take in-place operations away from what a coupling's function is given")
         return outputs
 
     def backward(self, micro_batch: int, outputs: Tensors | None, grads: Gradients) -> tuple[Tensors, Gradients]:
-        assert outputs is not None, "a reversible run needs its output"
+        assert outputs is not None, "a reversible segment needs its output"
         tensors = outputs
         for index in reversed(range(len(self.layers.functions))):
             tensors, grads = self._undo(index, micro_batch, tensors, grads)

@@ -15,12 +15,12 @@ from ds_decoupled.config import Axes
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
-from ds_decoupled.stages.graph import GraphRun
+from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients
 from ds_decoupled.stages.randomness import LayerSeeds
-from ds_decoupled.stages.recompute import RecomputeRun
-from ds_decoupled.stages.reversible import ReversibleRun, is_invertible
-from ds_decoupled.stages.run import Run
+from ds_decoupled.stages.recompute import RecomputeSegment
+from ds_decoupled.stages.reversible import ReversibleSegment, is_invertible
+from ds_decoupled.stages.segment import Segment
 from ds_decoupled.stages.split import DeferredWeightGradients
 from ds_decoupled.stages.weights import Weights
 from ds_decoupled.tensors import Gradients, Tensors, detach, leaves
@@ -75,30 +75,30 @@ class Stage:
         self.weights = Weights(self.parameters, stashed=axes.weights == "stashed", predicted=axes.weights == "predicted")
         self.autocast = autocast
         self._all = Layers(layers, first_layer, seeds, autocast)
-        self.runs = self._make_runs(layers, first_layer, axes)
+        self.segments = self._make_segments(layers, first_layer, axes)
         self.deferred = DeferredWeightGradients(layers) if split_backward else None
         self.in_flight: set[int] = set()
         self.peak_in_flight = 0
 
-    def _make_runs(self, layers: Sequence[Layer], first_layer: int, axes: Axes) -> list[Run]:
+    def _make_segments(self, layers: Sequence[Layer], first_layer: int, axes: Axes) -> list[Segment]:
         if self.is_last:  # forward, loss and backward in one: nothing to recover
             return []
         if axes.recover != "reconstruct":
-            kind = {"graph": GraphRun, "input": RecomputeRun}[axes.recover]
+            kind = {"graph": GraphSegment, "input": RecomputeSegment}[axes.recover]
             return [kind(Layers(layers, first_layer, self.seeds, self.autocast), self.weights, self.index > 0)]
-        runs: list[Run] = []
+        runs: list[Segment] = []
         start = 0
         for invertible, group in groupby(layers, is_invertible):
             functions = list(group)
             part = Layers(functions, first_layer + start, self.seeds, self.autocast)
-            runs.append((ReversibleRun if invertible else RecomputeRun)(part, self.weights, self.index > 0 or start > 0))
+            runs.append((ReversibleSegment if invertible else RecomputeSegment)(part, self.weights, self.index > 0 or start > 0))
             start += len(functions)
         return runs
 
     @property
     def wants_output(self) -> bool:
         """Whether :meth:`backward` must be given the stage's output, because its last layers reconstruct from it."""
-        return bool(self.runs) and self.runs[-1].wants_output
+        return bool(self.segments) and self.segments[-1].wants_output
 
     @property
     def reversible(self) -> bool:
@@ -116,7 +116,7 @@ class Stage:
         """The stage's output; whatever the backward pass will need of ``micro_batch`` is recorded."""
         with self.seeds.scope(), self.weights.ahead():
             x = inputs
-            for run in self.runs:
+            for segment in self.segments:
                 x = run.forward(micro_batch, x)
         self.weights.forward_done(micro_batch)
         self.in_flight.add(micro_batch)
@@ -128,7 +128,7 @@ class Stage:
         self.in_flight.remove(micro_batch)
         tensors = outputs
         with self.seeds.scope(), self.weights.of(micro_batch):
-            for run in reversed(self.runs):
+            for segment in reversed(self.segments):
                 tensors, grads = run.backward(micro_batch, tensors, grads)
         self.weights.backward_done(micro_batch)
         assert tensors is not None
@@ -183,7 +183,7 @@ class Stage:
 
     def kept(self) -> Iterator[Tensor]:
         """Every tensor held for micro-batches in flight."""
-        for run in self.runs:
+        for segment in self.segments:
             yield from run.kept()
 
     def kept_bytes(self) -> int:
@@ -193,14 +193,14 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         """What is in flight, and the weights' versions."""
-        return {"runs": [run.state_dict() for run in self.runs], "weights": self.weights.state_dict(),
+        return {"runs": [run.state_dict() for segment in self.segments], "weights": self.weights.state_dict(),
                 "in_flight": sorted(self.in_flight)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.weights.load_state_dict(state["weights"])
         with self.seeds.scope():
-            for run, records in zip(self.runs, state["runs"]):
+            for run, records in zip(self.segments, state["runs"]):
                 run.load_state_dict(records)
         self.in_flight = set(state["in_flight"])
 

@@ -1,4 +1,4 @@
-"""A run: consecutive layers of a stage that go back in the same way."""
+"""A segment: consecutive layers of a stage that go back in the same way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_decoupled.stages.weights import Weights
 from ds_decoupled.tensors import Gradients, Tensors
 
 
-class Run(ABC):
+class Segment(ABC):
     """How consecutive layers go forward and back.
 
     Args:
@@ -22,7 +22,7 @@ class Run(ABC):
         need_input_grad: False for the model's very first layers, whose input is data.
     """
 
-    #: Whether ``backward`` must be given the run's output.
+    #: Whether ``backward`` must be given the segment's output.
     wants_output = False
 
     def __init__(self, layers: Layers, weights: Weights, need_input_grad: bool) -> None:
@@ -40,13 +40,13 @@ class Run(ABC):
 
         Args:
             micro_batch: its number.
-            outputs: the run's output, where :attr:`wants_output`.
+            outputs: the segment's output, where :attr:`wants_output`.
             grads: one per output tensor.
         """
 
     @abstractmethod
     def kept(self) -> Iterator[Tensor]:
-        """Every tensor that the run holds for micro-batches in flight."""
+        """Every tensor that the segment holds for micro-batches in flight."""
 
     @abstractmethod
     def state_dict(self) -> dict[int, Any]:

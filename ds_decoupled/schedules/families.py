@@ -1,0 +1,29 @@
+"""Families of plans: how the methods of one kind of gradient order a rank's computation within a tick. One file a family.
+
+A new family is a file beside :mod:`ds_decoupled.schedules.global_gradient`, and a line in :data:`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from ds_decoupled.schedules import global_gradient, local_losses
+from ds_decoupled.schedules.actions import Action
+
+if TYPE_CHECKING:
+    from ds_decoupled.schedules.plan import Plan
+
+
+class Family(Protocol):
+    """What a family's file defines."""
+
+    def compute(self, plan: Plan, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
+        """What ``rank`` computes in one tick of ``micro_batches``, in order."""
+
+    def sends_gradient(self, plan: Plan, action: Action) -> bool:
+        """Whether an action that can give the stage below a gradient does."""
+
+
+#: By the value of the ``gradient`` axis.
+FAMILIES: dict[str, Family] = {"global": global_gradient, "local": local_losses}
