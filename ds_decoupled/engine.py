@@ -1,37 +1,39 @@
-"""The engine: runs a plan on DeepSpeed's pipeline engine.
+"""DeepSpeed's face of a decoupled pipeline: construction, ``train_batch``, ``eval_batch``, ``drain``, ``save``, ``load``.
 
-One micro-batch's way: the data iterator (:meth:`_load`), each stage's forward (:meth:`_forward`), loss and backward on the
-last stage (:meth:`_loss`), each stage's backward (:meth:`_backward`), each stage's own update (:meth:`_update`); between
-ranks by :mod:`ds_decoupled.links`. What happens in which order is the plan's business (:mod:`ds_decoupled.schedules`), how a
-stage goes forward and back is the stage's (:mod:`ds_decoupled.stages`).
+A micro-batch's way, and the room that knows each step (docs/architecture.md has the whole drawing)::
+
+    data iterator --feed--> network's queue of raw batches
+    runners/   decides which action is due, and carries it out
+    stages/    a worker takes the message from its queue, its stage acts, what comes of it goes to the next queue
+    network    moves what lies at a rank's ends to the neighbours, and takes in what they send
+    optim/     the stage steps by its own optimizer after its own k-th gradient
+    watchers/  are told of all of it
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_decoupled import compat
-from ds_decoupled import instructions as ins
-from ds_decoupled.breakdown import Breakdown
 from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
-from ds_decoupled.collectives import first_reason, from_rank, gather, together
+from ds_decoupled.collectives import error_of_group, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import PeerError, one_line
+from ds_decoupled.evaluation import evaluate
 from ds_decoupled.feed import Feed, MicroBatch
-from ds_decoupled.links import CODECS, Message
-from ds_decoupled.local_losses import LocalLosses, check_local
+from ds_decoupled.instructions import instruction_map
+from ds_decoupled.links import CODECS
+from ds_decoupled.losses import Losses
 from ds_decoupled.network import Network
-from ds_decoupled.nn.heads import add_up, ensemble
 from ds_decoupled.optim import (
     StageOptimizer,
     StageOptimizers,
@@ -40,14 +42,20 @@ from ds_decoupled.optim import (
     lr_divisor,
     without_optimizers,
 )
+from ds_decoupled.passes import Passes
+from ds_decoupled.runners import RUNNERS
 from ds_decoupled.schedules import Placement, Plan
-from ds_decoupled.stages import LayerSeeds, LocalStage, Stage, check_reconstruct
+from ds_decoupled.settings.placed import check_local
+from ds_decoupled.stages import Stage, check_reconstruct
 from ds_decoupled.stages.autocast import autocast_of, refuse_ambient
-from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
-from ds_decoupled.stages.randomness import drawn_seed
+from ds_decoupled.stages.building import build_stages, seeds_of
+from ds_decoupled.stages.compiled import outlives_updates
+from ds_decoupled.stages.head_builder import build_heads
+from ds_decoupled.stages.worker import Worker
 from ds_decoupled.start_checks import check_experts, check_loss, check_sparse, check_zero
-from ds_decoupled.tensors import Gradients, Tensors
-from ds_decoupled.tracker import GradientTracker
+from ds_decoupled.step_log import StepLog
+from ds_decoupled.summary import summarize
+from ds_decoupled.watchers import Breakdown, GradientTracker, Watcher
 
 
 class DecoupledPipelineEngine(compat.PipelineEngineBase):
@@ -57,19 +65,18 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     DeepSpeed's; :meth:`drain` finishes what is in flight. Only the first stage's ranks need a data iterator.
 
     Attributes:
-        stages: this rank's stages, by number.
+        stages: this rank's stages, by number; ``stage_optimizers`` and ``workers`` likewise.
         placement: all stages and their ranks.
         plan: who does what, when.
+        runner: where this rank is in it.
+        watchers: who looks on; see :meth:`watch`.
     """
 
     def __init__(self, *args: Any, decoupled: DecoupledConfig, placement: Placement, **kwargs: Any) -> None:
-        self.decoupled = decoupled
-        self.axes = decoupled.axes()
-        self.placement = placement
+        self.decoupled, self.axes, self.placement = decoupled, decoupled.axes(), placement
         check_local(decoupled, placement)
         compat.check_runs_by_layers(kwargs["model"])
         self.stages: dict[int, Stage] = {}
-        self.local: LocalLosses | None = None
         self.stage_optimizers: dict[int, StageOptimizer] = {}
         self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
         check_experts(kwargs["model"])
@@ -77,46 +84,76 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         super().__init__(*args, **kwargs)
         if not self.stages:  # DeepSpeed configures an optimizer only where it is given one
             self._make_stages()
-            without_optimizers(self, self._optimizers)
+            without_optimizers(self, self.stages, self._optimizers, self.lr_divisor)
         self.optimizer = self.basic_optimizer = self._optimizers
-        last = placement.stages - 1
-        told = [told for part in gather({s: (stage.wants_output, stage.reversible, stage.layer_names)
-                                                        for s, stage in self.stages.items()}) for told in part.items()]
         self._optimizers.find_out()
-        check_reconstruct(any(reversible for _, (_, reversible, _) in told), self.axes, [names for _, (_, _, names) in told])
-        self.plan = Plan.make(placement, hops=self.axes.hops, k=self.micro_batches, recover=self.axes.recover,
-                              flush=self.axes.flush, split_backward=decoupled.split_backward,
-                              wants_output=frozenset(s for s, (wants, _, _) in told if wants), window=self.axes.window,
-                              farthest=decoupled.losses == "farthest")
-        self.network = Network(self.grid, self.plan, self.stage_id, self.device, CODECS[decoupled.codec], decoupled.timeout,
-                               track=decoupled.track_gradients > 0,
-                               queue=decoupled.queue + self.axes.hops[0] if self.axes.window == 1 else None)
-        self._set_leads()
-        self.tracker = GradientTracker(self, decoupled.track_gradients) if decoupled.track_gradients else None
-        self.holds_loss = last in self.stages
-        self._top = max(self.stages)
-
-        self._first_micro_batch = 0  # of this run, that is since the start or the last drain
-        self._fed = 0  # micro-batches of this run
-        self._tick = 0  # the next one of this run
-        self._end: int | None = None  # the micro-batch at which the data ended, once that is known
-        self._end_error: Exception | None = None  # why, where it was not the data's own end
         self.feed = Feed(self.device, needs_labels=self.module.loss_fn is not None)
-        self._batches: deque[MicroBatch] = deque()
-        self._losses: list[Tensor] = []
+        self.losses = Losses(self.device, self._replicas, lambda: self.module.get_additional_losses())
+        self._make_workers()
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
-        self.train_seconds = 0.0
-        self.breakdown = Breakdown(self.global_rank, self.stage_id) if self.wall_clock_breakdown() else None
-        if self.breakdown is not None:
-            self.instruction_map = self.breakdown.timed(self.instruction_map)
 
-    # -- optimizers ---------------------------------------------------------------------------------------------------
+    # -- how it is made ---------------------------------------------------------------------------------------------------
+
+    def _make_stages(self) -> None:
+        """Stages, the plan, the links and the heads, in this order: a head is built from what its stage gives. A collective
+        call."""
+        module, grid, axes, block = self.module, self.mpu, self.axes, self.decoupled
+        rank = grid.get_pipe_parallel_rank()
+        self.seeds = seeds_of(module, grid, self.device)
+        compiles = block.compile_settings() is not None
+        autocast = partial(autocast_of, self, outlives_updates(axes), compiles)
+        self.stages.update(together(lambda: build_stages(module, rank, self.placement, block, self.seeds, autocast)))
+        check_loss(module.loss_fn, self.stages)
+        told = {s: facts for part in gather({s: (stage.wants_output, stage.reversible, stage.layer_names)
+                                             for s, stage in self.stages.items()}) for s, facts in part.items()}
+        check_reconstruct(any(reversible for _, reversible, _ in told.values()), axes, [names for *_, names in told.values()])
+        self.plan = Plan.make(self.placement, hops=axes.hops, k=self.gradient_accumulation_steps(), recover=axes.recover,
+                              flush=axes.flush, split_backward=block.split_backward, window=axes.window,
+                              wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
+                              farthest=block.losses == "farthest", family=axes.gradient)
+        # Where nothing comes back from the next rank, nothing else keeps this one from running ahead of it.
+        queue = block.queue + axes.hops[0] if axes.window == 1 else None
+        self.network = Network(grid, self.placement, rank, self.device, CODECS[block.codec], block.timeout,
+                               track=block.track_gradients > 0, queue=queue)
+        self.passes = Passes(self.network, self.stages)
+        dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,
+                                      micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
+
+    def _make_workers(self) -> None:
+        """What acts, and who decides when."""
+        block, top = self.decoupled, max(self.stages)
+        breakdown = Breakdown(self.global_rank, self.stage_id) if self.wall_clock_breakdown() else None
+        tracker = GradientTracker(self.passes, block.track_gradients) if block.track_gradients else None
+        self.watchers: list[Watcher] = [watcher for watcher in (breakdown, tracker) if watcher is not None]
+        self.workers = {s: Worker(stage, self.stage_optimizers[s], self.network.queues(s),
+                                  self.losses.add if s == top else None, self.watchers,
+                                  None if block.stop_after is None else block.stop_after[s])
+                        for s, stage in self.stages.items()}
+        fetch = self._fetch if self.is_first_stage() else None
+        self.runner = RUNNERS[self.axes.pace](self.plan, self.stage_id, workers=self.workers, network=self.network,
+                                              watchers=self.watchers, flush=self.axes.flush, execute=self.run_schedule, fetch=fetch)
+        self.instruction_map = instruction_map(self.runner.act)
+        self._set_k()
+        self.step_log = StepLog(self, breakdown)
+
+    def _set_k(self) -> None:
+        """What depends on the micro-batches of an update."""
+        for index, stage in self.stages.items():
+            stage.scale = 1 / self.plan.k
+            stage.returns_input = index - 1 in self.plan.wants_output
+            stage.weights.lead = self.plan.ticks.delay(index) / self.plan.k
 
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
         """One optimizer per stage, of the client's kind or the JSON's."""
         self._make_stages()
-        together(lambda: build_optimizers(self, self._optimizers, client_optimizer, list(model_parameters)))
-        check_sparse(self)
+        together(lambda: build_optimizers(self, self.stages, self._optimizers, client_optimizer, list(model_parameters),
+                                          self.lr_divisor))
+        check_sparse(self, self.stages, self.stage_optimizers)
+
+    def configure_lr_schedulers(self) -> None:
+        """One LR scheduler per stage, which counts that stage's updates."""
+        together(lambda: build_schedulers(self, self._optimizers, self.decoupled.stage_schedulers))
 
     def lr_divisor(self, stage: int, updates: int) -> float:
         """What a stage's rate is divided by; its delay in updates changes with k."""
@@ -124,10 +161,6 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         if factor == 0:
             return math.inf  # a rate of 0, whatever the scheduler says
         return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
-
-    def configure_lr_schedulers(self) -> None:
-        """One LR scheduler per stage, which counts that stage's updates."""
-        together(lambda: build_schedulers(self, self._optimizers))
 
     @property
     def lr_scheduler(self) -> Any:
@@ -139,38 +172,16 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def lr_scheduler(self, scheduler: Any) -> None:
         self._optimizers.set_lr_scheduler(scheduler)
 
-    def _make_stages(self) -> None:
-        """This rank's stages, with their heads. A collective call."""
-        # A plain module's base_seed is a constant that nobody chose.
-        chosen = self.module.base_seed if isinstance(self.module, compat.PipelineModuleBase) else None
-        base = from_rank(0, drawn_seed()) if chosen is None else chosen
-        self.seeds = LayerSeeds(base, self.mpu.get_data_parallel_rank(), self.device, compat.layer_seeding(self.module))
-        together(self._build_stages)
-        check_loss(self)
-        if self.axes.window:
-            self.local = LocalLosses(self)
+    @property
+    def _replicas(self) -> Any:
+        """The group of data-parallel replicas; None for one."""
+        return self.mpu.get_data_parallel_group() if self.is_data_parallel else None
 
-    def _build_stages(self) -> None:
-        rank = self.module.pipe_rank if hasattr(self.module, "pipe_rank") else self.mpu.get_pipe_parallel_rank()
-        start = self.placement.rank_layer_bounds[rank]
-        compiled = self.decoupled.compile_settings()
-        if compiled is not None:
-            check_compiler(compiled, self.device)
-            compile_layers(self.module.forward_funcs, compiled, outlives_updates(self.axes))
-        autocast = autocast_of(self, outlives_updates(self.axes), compiled is not None)
-        for index in self.placement.stages_of(rank):
-            layers = self.placement.layers_of(index)
-            functions = self.module.forward_funcs[layers.start - start:layers.stop - start]
-            puts_off = self.decoupled.split_backward and rank > 0 and index == self.placement.stages_of(rank)[0]
-            args = (index, functions, layers.start, self.axes, index == self.placement.stages - 1, self.module.loss_fn,
-                    self.seeds, autocast)
-            self.stages[index] = self._local_stage(*args) if self.axes.window else Stage(*args, split_backward=puts_off)
+    def watch(self, watcher: Watcher) -> None:
+        """From now on ``watcher`` is told of every action of this rank; where it makes collective calls, of all ranks."""
+        self.watchers.append(watcher)
 
-    def _local_stage(self, index: int, *args: Any) -> LocalStage:
-        return LocalStage(index, *args, head=None, window=self.axes.window, above=self.placement.stages - 1 - index,
-                          farthest=self.decoupled.losses == "farthest")
-
-    # -- training --------------------------------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
         """Feed k new micro-batches and do all that is due meanwhile.
@@ -196,29 +207,51 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
         self._optimizers.before_batch()
-        refuse_ambient(self, "train_batch")
+        with self._training("train_batch"):
+            if self.runner.end is None:
+                for refresh in self._refreshes:
+                    refresh.before_call(self.global_steps)
+            end = self.runner.train()
+            self._after_call()
+            loss = self.losses.mean()
+        self.step_log.seconds += time.perf_counter() - start
+        if end is not None:
+            raise end.error or StopIteration(f"the data ended before micro-batch {end.micro_batch}; drain() finishes what is "
+                                             "in flight")
+        self.step_log.after_batch(self.losses, loss)
+        return loss
+
+    def drain(self) -> Tensor:
+        """Finish every micro-batch in flight, on all ranks; every stage then has made the same number of updates.
+
+        Returns:
+            The mean loss of what was finished, as :meth:`train_batch` gives it.
+        """
+        with self._training("drain"):
+            self.runner.drain()
+            self._after_call()
+            return self.losses.mean()
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches that have been fed and are not yet through every stage."""
+        return self.runner.in_flight
+
+    @contextmanager
+    def _training(self, call: str) -> Iterator[None]:
+        """Within a call that trains: layers are in training mode, no loss is known, failures are told."""
+        refuse_ambient(self.device, call)
         with self._failure_told():
             self._check_hooks()
-            self._train_mode()
-            if self.local is not None:
-                self.local.before_batch(ended=self._end is not None)
-            self._losses.clear()
-            if self._end is None:
-                self._fed += self.plan.k
-                if self.is_first_stage():
-                    self._fetch()
-                self._run_ticks(self._tick + self.plan.k + (self.plan.ticks.drain if self.axes.flush else 0))
-            end, error = self._end, self._end_error
-            if self.axes.flush:
-                self._start_run()
-            loss = self._mean_loss()
-        self.train_seconds += time.perf_counter() - start
-        if error is not None:
-            raise error
-        if end is not None:
-            raise StopIteration(f"the data ended before micro-batch {end}; drain() finishes what is in flight")
-        self._after_batch(loss)
-        return loss
+            self.module.train()
+            for stage in self.stages.values():
+                stage.train_mode()
+            self.losses.clear()
+            yield
+
+    def _after_call(self) -> None:
+        for watcher in self.watchers:
+            watcher.after_call(self.runner.through)
 
     def _check_hooks(self) -> None:
         if compat.hooks_of(self.module) != self._hooks:
@@ -240,48 +273,16 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             self.network.failed = True
             raise
 
-    def _train_mode(self) -> None:
-        """Layers train, but those of stages that have stopped."""
-        self.module.train()
-        for stage in self.stages.values():
-            if isinstance(stage, LocalStage) and stage.stopped:
-                stage.stop()
-
-    def _fetch(self) -> None:
-        """All of this call's micro-batches, before anything is done with the first: data that end leave no call half done."""
-        first = self._first_micro_batch + self._fed - self.plan.k
+    def _fetch(self, count: int) -> list[MicroBatch] | Exception:
+        """The next micro-batches; or why there are none, on all replicas."""
         fetched: list[MicroBatch] = []
         error: Exception | None = None
         try:
-            for _ in range(self.plan.k):
+            for _ in range(count):
                 fetched.append(self.feed.next(self.data_iterator, self.batch_fn, "train_batch"))
         except Exception as failure:
             error = failure
-        error = self._error_of_replicas(error)
-        if error is None:
-            self._batches.extend(fetched)
-        else:
-            self._data_ended(first, None if isinstance(error, StopIteration) else error)
-
-    def _error_of_replicas(self, error: Exception | None) -> Exception | None:
-        """What this replica's data failed with, or another's, whose ranks would wait for this one's gradients or loss."""
-        if not self.is_data_parallel:
-            return error
-        reason = first_reason(error, self.mpu.get_data_parallel_group(), self.device)
-        if error is not None or reason is None:
-            return error
-        if reason.startswith(StopIteration.__name__):
-            return StopIteration("the data of another replica ended")
-        return PeerError(f"the data of another replica failed: {reason}", 0, reason)
-
-    def _data_ended(self, micro_batch: int, error: Exception | None = None) -> None:
-        """``micro_batch`` and those after it will not come, and why if not for the data's end; the next rank learns it at once.
-        What came before goes its way."""
-        if self._end is None:
-            self._end, self._end_error = micro_batch, error
-            self._fed = micro_batch - self._first_micro_batch
-            reason = None if error is None else error.reason if isinstance(error, PeerError) else one_line(error)
-            self.network.pass_on_end(micro_batch, reason)
+        return error_of_group(error, self._replicas, self.device) or fetched
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch size by changing k; only with nothing in flight, see :meth:`drain`.
@@ -290,229 +291,13 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
             RuntimeError: if micro-batches are in flight, whose updates were planned with the old k.
             ValueError: if the size is not a multiple of micro-batch size times replicas.
         """
-        if self._tick:
+        if not self.runner.at_rest:
             raise RuntimeError("set_train_batch_size() needs an empty pipeline: call drain() first")
         super().set_train_batch_size(train_batch_size)
-        self.plan = replace(self.plan, k=self.micro_batches)
-        self._set_leads()
+        self.plan = self.runner.plan = replace(self.plan, k=self.micro_batches)
+        self._set_k()
 
-    def _set_leads(self) -> None:
-        """How many updates a stage makes between a forward pass and its backward pass."""
-        for index, stage in self.stages.items():
-            stage.weights.lead = self.plan.ticks.delay(index) / self.plan.k
-
-    def _run_ticks(self, end: int) -> None:
-        """Work through this rank's list up to tick ``end``."""
-        self.network.expect(end, self._fed, self._first_micro_batch)
-        schedule = ins.DecoupledSchedule(self.plan, self.stage_id, range(self._tick, end), self._fed, self._first_micro_batch)
-        self.run_schedule(schedule)
-        self._tick = end
-        if self.tracker is not None:
-            self.tracker.after_ticks()
-
-    def _start_run(self) -> None:
-        """Nothing is in flight: ticks count from 0 again, micro-batches go on."""
-        self._first_micro_batch += self._fed
-        self._fed = self._tick = 0
-        self._end = self._end_error = None
-        self.network.start_run()
-
-    def drain(self) -> Tensor:
-        """Finish every micro-batch in flight, on all ranks; every stage then has made the same number of updates.
-
-        Returns:
-            The mean loss of what was finished, as :meth:`train_batch` gives it.
-        """
-        refuse_ambient(self, "drain")
-        with self._failure_told():
-            self._train_mode()
-            self._losses.clear()
-            self._run_ticks(max(self._tick, self._fed + self.plan.ticks.drain))
-            self.network.flush()
-            self._start_run()
-            return self._mean_loss()
-
-    @property
-    def in_flight(self) -> int:
-        """Micro-batches that have been fed and are not yet through every stage."""
-        return max(0, min(self._fed, self._fed + self.plan.ticks.drain - self._tick))
-
-    def _mean_loss(self) -> Tensor:
-        if not self._losses:
-            return torch.full((), float("nan"), device=self.device)
-        losses = torch.stack([value.float().reshape(-1) for value in self._losses]).mean(0)
-        if self.is_data_parallel:
-            dist.all_reduce(losses, group=self.mpu.get_data_parallel_group())
-            losses /= self.dp_world_size
-        loss, *additional = losses.unbind()
-        if additional:
-            self.agg_additional_losses = OrderedDict(zip(self.module.get_additional_losses(), additional))
-        return loss
-
-    def _after_batch(self, loss: Tensor) -> None:
-        """Count, log and monitor, as DeepSpeed does."""
-        self.global_steps += 1
-        self.global_samples += self.train_batch_size()
-        self.agg_train_loss = loss
-        if self.global_rank == 0 and self.monitor.enabled and self._losses:  # none, while the pipeline fills
-            rates = self.get_lr()[:1]  # none on a rank with nothing to train
-            self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples),
-                                       *(("Train/Samples/lr", rate, self.global_samples) for rate in rates)])
-        every = self.steps_per_print()
-        if self.global_rank == 0 and every is not None and self.global_steps % every == 0:
-            rate = self.train_batch_size() * self.global_steps / self.train_seconds
-            shown = {"loss": loss, **(self.agg_additional_losses or {})} if self._losses else {}
-            told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
-            print(f"steps: {self.global_steps} {told} samples/sec: {rate:0.3f}", flush=True)
-        if self.breakdown is not None and every is not None and self.global_steps % every == 0:
-            print(self.breakdown.report(self.global_steps), flush=True)
-
-    # -- instructions ------------------------------------------------------------------------------------------------------
-
-    def _ended(self, micro_batch: int) -> bool:
-        return self._end is not None and micro_batch >= self._end
-
-    def _load(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        inputs, labels = self._batches.popleft()
-        if self.tracker is not None:
-            self.tracker.loaded(micro_batch, inputs, labels)
-        self.network.activations[stage].send(Message(micro_batch, (inputs, labels)))
-
-    def _forward(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, forward").parts
-        outputs = self.stages[stage].forward(micro_batch, inputs)
-        self.network.activations[stage + 1].send(Message(micro_batch, (outputs, labels)))
-
-    def _head(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, forward").parts
-        local = self._local(stage)
-        result = local.head_forward(micro_batch, inputs, labels, 1 / self.plan.k)
-        if stage == self._top:
-            self._losses.append(result.loss)
-        self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
-        self._pass_gradient(stage, micro_batch, result.grads, result.loss)
-
-    def _relay(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        grads, _, loss = self.network.gradients[stage].recv(micro_batch, f"stage {stage}, a loss above").parts
-        self._pass_gradient(stage, micro_batch, self._local(stage).relay(micro_batch, grads), loss)
-
-    def _local(self, stage: int) -> LocalStage:
-        local = self.stages[stage]
-        assert isinstance(local, LocalStage)
-        return local
-
-    def _loss(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        inputs, labels = self.network.activations[stage].recv(micro_batch, f"stage {stage}, loss").parts
-        if self.tracker is not None:
-            self.tracker.begin(stage, micro_batch)
-        result = self.stages[stage].loss_and_backward(micro_batch, inputs, labels, 1 / self.plan.k)
-        loss = self._with_additional(result.loss) if stage == self.placement.stages - 1 else result.loss
-        if stage == self._top or not self.axes.window:
-            self._losses.append(loss)
-        if stage + 1 < self.placement.stages:
-            self.network.activations[stage + 1].send(Message(micro_batch, (result.outputs, labels)))
-        self._after_backward(stage, micro_batch, result.inputs, result.grads, loss)
-
-    def _with_additional(self, loss: Tensor) -> Tensor:
-        """The loss, followed by the module's additional ones (:meth:`PipelineModule.get_additional_losses`) if it has any;
-        they are reported, and nobody learns from them."""
-        additional = self.module.get_additional_losses()
-        if not additional:
-            return loss
-        return torch.stack([value.detach().float().reshape(()) for value in (loss, *additional.values())])
-
-    def _backward(self, stage: int, micro_batch: int) -> None:
-        if self._ended(micro_batch):
-            return
-        grads, outputs, loss = self.network.gradients[stage].recv(micro_batch, f"stage {stage}, backward").parts
-        if self.tracker is not None:
-            self.tracker.begin(stage, micro_batch)
-        inputs, input_grads = self.stages[stage].backward(micro_batch, outputs, grads)
-        if stage == self._top and (not self.axes.window or stage < self.plan.ticks.first_loss):
-            self._losses.append(loss)
-        self._after_backward(stage, micro_batch, inputs, input_grads, loss)
-
-    def _after_backward(self, stage: int, micro_batch: int, inputs: Tensors, grads: Any, loss: Tensor) -> None:
-        reconstruction = inputs if stage - 1 in self.plan.wants_output else None
-        self._pass_gradient(stage, micro_batch, grads, loss, reconstruction)
-        if self.stages[stage].deferred is None:
-            self._gradients_complete(stage, micro_batch)
-
-    def _pass_gradient(self, stage: int, micro_batch: int, grads: Gradients | None, loss: Tensor,
-                       reconstruction: Tensors | None = None) -> None:
-        """Down to the stage below, if there is one and it heeds it."""
-        if stage > 0 and grads is not None:
-            self.network.gradients[stage - 1].send(Message(micro_batch, (grads, reconstruction, loss)))
-
-    def _gradients_complete(self, stage: int, micro_batch: int) -> None:
-        """The micro-batch's gradients are in ``.grad``."""
-        if self.tracker is not None:
-            self.tracker.end(stage, micro_batch)
-        self.stage_optimizers[stage].accumulate()
-
-    def _update(self, stage: int, micro_batch: int) -> None:
-        if self._ended(self._first_micro_batch + (micro_batch + 1) * self.plan.k - 1):
-            return
-        local = self.stages[stage]
-        if isinstance(local, LocalStage) and local.stopped:
-            return
-        local.weights.before_update()
-        self.stage_optimizers[stage].step()
-        if self.local is not None:
-            self.local.after_update(stage)
-
-    def _send_activation(self, stage: int, micro_batch: int) -> None:
-        if not self._ended(micro_batch):
-            self.network.send_activation(stage, micro_batch)
-
-    def _recv_activation(self, stage: int, micro_batch: int) -> None:
-        end = self.network.recv_activation(stage, micro_batch)
-        if end is not None:
-            self._data_ended(*end)
-
-    def _send_gradient(self, stage: int, micro_batch: int) -> None:
-        if not self._ended(micro_batch):
-            self.network.send_gradient(stage, micro_batch)
-
-    def _recv_gradient(self, stage: int, micro_batch: int) -> None:
-        if not self._ended(micro_batch):
-            self.network.recv_gradient(stage, micro_batch)
-
-    def _weight_gradients(self, stage: int, micro_batch: int) -> None:
-        if not self._ended(micro_batch):
-            self.stages[stage].finish_backward()
-            self._gradients_complete(stage, micro_batch)
-
-    instruction_map = {
-        ins.Load: _load,
-        ins.Forward: _forward,
-        ins.ForwardLossBackward: _loss,
-        ins.ForwardHead: _head,
-        ins.Relay: _relay,
-        ins.Backward: _backward,
-        ins.BackwardRecompute: _backward,
-        ins.BackwardReconstruct: _backward,
-        ins.WeightGradients: _weight_gradients,
-        ins.Update: _update,
-        ins.SendActivation: _send_activation,
-        ins.RecvActivation: _recv_activation,
-        ins.SendGradient: _send_gradient,
-        ins.RecvGradient: _recv_gradient,
-        ins.SendReconstruction: _send_gradient,
-        ins.RecvReconstruction: _recv_gradient,
-    }
-
-    # -- evaluation -----------------------------------------------------------------------------------------------------------
+    # -- evaluation -------------------------------------------------------------------------------------------------------
 
     def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
                    reduce_output: str | None = "avg", bcast_loss: bool = True, num_micro_batches: int | None = None) -> Any:
@@ -525,20 +310,20 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Raises:
             StopIteration, BatchError, PeerError: as :meth:`train_batch`, on every rank in the same call.
         """
-        refuse_ambient(self, "eval_batch")
+        refuse_ambient(self.device, "eval_batch")
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         if count < 1:
             raise ValueError(f"eval_batch(num_micro_batches={num_micro_batches}): at least 1 is needed")
-        with self._failure_told(), torch.no_grad():
+        with self._failure_told():
             self._check_hooks()
             self.module.eval()
-            self.network.expect_evaluation(count)
-            results, error = self._evaluate_all(count, data_iter, compute_loss)
-            self.network.flush("evaluation")  # this may be the last that the process does
+            source = partial(self.feed.next, data_iter, self.batch_fn, "eval_batch")
+            results, error = evaluate(self.passes, count, source, ask_heads=self.decoupled.ensemble, compute_loss=compute_loss)
+            error = error_of_group(error, self._replicas, self.device)
         if error is not None:
             raise error
         value = logits = None
-        if self.holds_loss:
+        if self.is_last_stage():
             value = self.reduce_outputs([loss for loss, _ in results], reduce_output, count)
             logits = results[-1][1]
         if compute_loss and reduce_output is not None and (bcast_loss or self.monitor.enabled):
@@ -547,46 +332,7 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                 self.monitor.write_events([("Train/Samples/eval_loss", value.item(), self.global_samples)])
         return (value, logits) if return_logits else value
 
-    def _evaluate_all(self, count: int, data_iter: Iterator[Any], compute_loss: bool) -> tuple[list[Any], Exception | None]:
-        """What this rank's stages make of each micro-batch, up to the end of the data or an error in them."""
-        results: list[Any] = []
-        error: Exception | None = None
-        for micro_batch in range(count):
-            parts: tuple[Any, ...] | None = None
-            if self.is_first_stage():
-                try:
-                    parts = self.feed.next(data_iter, self.batch_fn, "eval_batch")
-                except StopIteration:
-                    error = StopIteration(f"the evaluation data ended before micro-batch {micro_batch}")
-                except Exception as failure:
-                    error = failure
-            else:
-                parts, error = self.network.recv_evaluation(micro_batch)
-            if parts is None:
-                assert error is not None
-                self.network.end_evaluation(micro_batch, error)
-                break
-            results.append(self._evaluate(micro_batch, parts, compute_loss))
-        return results, self._error_of_replicas(error)
-
-    def _evaluate(self, micro_batch: int, parts: tuple[Any, ...], compute_loss: bool) -> Any:
-        """One micro-batch through this rank's stages; on the last one ``(loss, outputs)``."""
-        x, labels, *votes = parts
-        for stage in self.stages.values():
-            x = stage.plain_forward(micro_batch, x)
-            votes += self._votes(stage, x)
-        if self.holds_loss:
-            x = ensemble(votes, x) if votes and isinstance(x, Tensor) else x
-            loss = self.stages[self._top].loss(x, labels) if compute_loss else x
-            return loss, x
-        self.network.send_evaluation(Message(micro_batch, (x, labels, *add_up(votes))))
-        return None
-
-    def _votes(self, stage: Stage, outputs: Tensors) -> list[Tensor]:
-        """What the stage's head says, where heads are asked."""
-        return [stage.vote(outputs)] if self.decoupled.ensemble and isinstance(stage, LocalStage) and stage.head else []
-
-    # -- checkpoints and reports ----------------------------------------------------------------------------------------------
+    # -- checkpoints and reports ------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
@@ -607,31 +353,11 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
     def stage_metrics(self) -> list[dict[str, float]]:
         """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global
         gradient only the last stage has a loss, and the list is empty."""
-        return self.local.metrics() if self.local is not None else []
+        found = {s: metrics for part in gather({s: stage.take_metrics() for s, stage in self.stages.items()})
+                 for s, metrics in part.items()}
+        return [metrics for _, metrics in sorted(found.items()) if metrics is not None]
 
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
-        local = {
-            "records": {s: stage.peak_in_flight for s, stage in self.stages.items()},
-            "updates": {s: stage.updates for s, stage in self.stage_optimizers.items()},
-            "bytes": self.network.bytes_sent() + (self.local.bytes_sent if self.local is not None else 0),
-            "messages": self.network.messages_sent(),
-            "held": self.network.held(),
-            "tracked": self.tracker.results if self.tracker is not None else [],
-            "seconds": self.breakdown.total if self.breakdown is not None else None,
-        }
-        parts = gather(local)
-        by_stage = {name: [value for _, value in sorted({s: v for p in parts for s, v in p[name].items()}.items())]
-                    for name in ("records", "updates")}
-        ticks = self.plan.ticks
-        return {"method": self.decoupled.method, "stages": self.placement.stages, "hops": list(self.axes.hops),
-                "delays": [ticks.delay(s) for s in range(ticks.stages)] if not self.axes.flush else [0] * ticks.stages,
-                "peak_records_in_flight": by_stage["records"], "updates": by_stage["updates"],
-                "held": [p["held"] for p in parts],
-                "bytes_sent": sum(p["bytes"] for p in parts), "messages_sent": sum(p["messages"] for p in parts),
-                "stage_layers": [list(self.placement.layers_of(s)) for s in range(self.placement.stages)],
-                "rank_stages": [list(self.placement.stages_of(r)) for r in range(self.placement.ranks)],
-                "gradient_tracker": sorted((row for p in parts for row in p["tracked"]),
-                                           key=lambda row: (row["micro_batch"], row["stage"])),
-                **({"seconds_by_action": [p["seconds"] for p in parts]} if self.breakdown is not None else {})}
-
+        return summarize(self.decoupled.method, self.plan, self.axes.hops, self.axes.flush, self.workers, self.network,
+                         self.watchers, sum(refresh.bytes_sent for refresh in self._refreshes))

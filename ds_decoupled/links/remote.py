@@ -77,7 +77,7 @@ class RemoteSender:
     def _text(self, text: str) -> Tensor:
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
 
-    def flush(self, timeout: float) -> None:
+    def wait_until_taken(self, timeout: float) -> None:
         """Wait until every message was taken: a process that ends before takes them with it."""
         self.under_way.wait_below(1, timeout)
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_decoupled.nn.heads import StageHead
+from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.graph import GraphSegment
-from ds_decoupled.stages.stage import LossResult, Stage
+from ds_decoupled.stages.outcome import Outcome
+from ds_decoupled.stages.stage import Stage
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
 _HEAD_SEED = 1 << 20  # past every layer's index
@@ -41,32 +43,36 @@ def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 class LocalStage(Stage):
     """A stage with a loss of its own.
 
-    Args:
-        head: from the stage's output to what ``loss_fn`` takes; None on the last stage, and where nobody heeds its loss.
+    Attributes:
+        head: from the stage's output to what ``loss_fn`` takes; None on the last stage, and where nobody learns from its loss.
+            It is given once shapes are known (:mod:`ds_decoupled.stages.heads`).
         window: stages whose losses reach a stage.
         above: stages above this one.
-        farthest: learn from the farthest of them alone.
-
-    Attributes:
         own_loss: the stage's copy of a ``loss_fn`` that has a state; it learns with the head.
-        stopped: whether it learns no more, and forwards in evaluation mode.
     """
 
-    def __init__(self, *args: Any, head: StageHead | None, window: int, above: int, farthest: bool,
-                 **kwargs: Any) -> None:
+    handlers = {**Stage.handlers, Kind.HEAD: "on_head", Kind.RELAY: "on_relay"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.head, self.window, self.above, self.farthest = head, window, above, farthest
+        self.window, self.farthest = self.shared.axes.window, self.shared.farthest
+        self.above = self.shared.stages - 1 - self.index
+        self.head: StageHead | None = None
         self.own_loss: nn.Module | None = None
-        self.stopped = False
         self._waiting: dict[int, _Waiting] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     @property
+    def has_loss(self) -> bool:
+        """Whether anybody learns from its loss."""
+        return not self.farthest or self.index >= min(self.window, self.shared.stages) - 1
+
+    @property
     def _graph(self) -> GraphSegment:
-        run = self.segments[0]
-        assert isinstance(run, GraphSegment)
-        return run
+        segment = self.segments[0]
+        assert isinstance(segment, GraphSegment)
+        return segment
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -89,14 +95,30 @@ class LocalStage(Stage):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def head_forward(self, micro_batch: int, inputs: Tensors, labels: Any, scale: float) -> LossResult:
-        """Forward, own loss, and its gradient to the input if the stage below heeds it; the graph waits for losses above."""
+    def on_head(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """Forward, own loss, and its gradient to the input; the graph waits for losses above."""
         outputs = self.forward(micro_batch, inputs)
-        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels, scale)
+        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels)
         passed_on = self._graph.relay(micro_batch, grads) if self.index > 0 else None
         kept: list[Tensor | None] = [None] * len(grads) if self.farthest else list(grads)
         self._waiting[micro_batch] = _Waiting(kept, head_grads)
-        return LossResult(loss, inputs, passed_on, outputs)
+        return Outcome({Slot.OUTPUT: (outputs, labels), **self.down(passed_on, inputs, loss)}, loss, inputs=inputs)
+
+    def on_relay(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor) -> Outcome:
+        """The gradient of a loss above, passed on."""
+        return Outcome(self.down(self.relay(micro_batch, grads), (), loss))
+
+    def on_backward(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor) -> Outcome:
+        """The farthest loss: all that this stage learns from is there."""
+        outcome = super().on_backward(micro_batch, grads, outputs, loss)
+        return replace(outcome, loss=None) if self.has_loss else outcome  # it reported its own
+
+    def on_loss(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """A stage that no loss above reaches: all at once."""
+        if not self.is_last:
+            return self._alone(micro_batch, inputs, labels)
+        outcome = super().on_loss(micro_batch, inputs, labels)
+        return outcome if self.window > 1 else replace(outcome, given={})  # a window of 1 ends at this stage
 
     def relay(self, micro_batch: int, grads: Gradients) -> Gradients | None:
         """The gradient of a loss above, to the input; kept for the sum too."""
@@ -109,11 +131,11 @@ class LocalStage(Stage):
         self.in_flight.remove(micro_batch)
         self._collect(micro_batch, grads)
         waiting = self._waiting.pop(micro_batch)
-        # At the top end a window is cut short, and the stage below heeds this loss too.
-        heeded = self.index > 0 and min(self.window - 1, self.above) <= self.window - 2
+        # At the top end a window is cut short, and the stage below learns from this loss too.
+        reaches_below = self.index > 0 and min(self.window - 1, self.above) <= self.window - 2
         passed_on: Gradients | None = None
         with self.seeds.scope():
-            if heeded:
+            if reaches_below:
                 passed_on = self._graph.relay(micro_batch, grads)
             if self.stopped:
                 self._graph.drop(micro_batch)
@@ -125,21 +147,17 @@ class LocalStage(Stage):
                 parameter.grad = _added(parameter.grad, grad)
         return (), passed_on
 
-    def loss_and_backward(self, micro_batch: int, inputs: Tensors, labels: Any, scale: float) -> LossResult:
-        """A stage that no loss above reaches: all at once."""
-        if self.is_last:
-            result = super().loss_and_backward(micro_batch, inputs, labels, scale)
-            return result if self.window > 1 else LossResult(result.loss, result.inputs, None)
+    def _alone(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         if self.stopped:
             return self._only_forward(micro_batch, inputs, labels)
         outputs = self.forward(micro_batch, inputs)
         self.in_flight.remove(micro_batch)
-        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels, scale)
+        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels)
         self._graph.backward_to_weights(micro_batch, grads)
         self.weights.backward_done(micro_batch)
         for parameter, grad in zip(self.head_parameters, head_grads):
             parameter.grad = _added(parameter.grad, grad)
-        return LossResult(loss, inputs, None, outputs)
+        return Outcome({Slot.OUTPUT: (outputs, labels)}, loss, complete=True, inputs=inputs)
 
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
         value = super().loss(outputs, labels)
@@ -153,8 +171,7 @@ class LocalStage(Stage):
             logits: Tensor = self.head(outputs)
         return logits
 
-    def _own_loss(self, micro_batch: int, outputs: Tensors, labels: Any,
-                  scale: float) -> tuple[Tensor, Gradients, list[Tensor | None]]:
+    def _own_loss(self, micro_batch: int, outputs: Tensors, labels: Any) -> tuple[Tensor, Gradients, list[Tensor | None]]:
         """The head's loss, and its gradients: of the stage's output, and of the head's parameters."""
         assert self.head is not None
         ends = leaves(outputs, True)
@@ -163,40 +180,37 @@ class LocalStage(Stage):
             self.seeds.set(_HEAD_SEED + self.index, micro_batch)
             loss = self.loss(self._logits(ends), labels)
         parameters = self.head_parameters
-        found = torch.autograd.grad(loss * scale if scale != 1 else loss, [*wanted, *parameters], allow_unused=True)
+        found = torch.autograd.grad(loss * self.scale if self.scale != 1 else loss, [*wanted, *parameters], allow_unused=True)
         by_end = iter(found[:len(wanted)])
         at_ends = tuple(next(by_end) if t.requires_grad else None for t in as_tuple(ends))
         return loss.detach(), at_ends, list(found[len(wanted):])
 
     def _collect(self, micro_batch: int, grads: Gradients) -> None:
-        if micro_batch not in self._waiting:  # its own loss is heeded by nobody
+        if micro_batch not in self._waiting:  # nobody learns from its own loss
             self._waiting[micro_batch] = _Waiting([None] * len(grads))
         waiting = self._waiting[micro_batch]
         waiting.grads = [_added(a, b) for a, b in zip(waiting.grads, grads)]
 
-    def _only_forward(self, micro_batch: int, inputs: Tensors, labels: Any) -> LossResult:
+    def _only_forward(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         assert self.head is not None
         with torch.no_grad():
             outputs = self.plain_forward(micro_batch, inputs)
             loss = self.loss(self._logits(outputs), labels)
-        return LossResult(loss, inputs, None, detach(outputs))
+        return Outcome({Slot.OUTPUT: (detach(outputs), labels)}, loss, complete=True, inputs=inputs)
 
-    def stop(self) -> None:
-        """Learn no more: from now on forward alone, in evaluation mode."""
-        self.stopped = True
-        for layer in (*self._all.functions, self.head, self.own_loss):
-            if isinstance(layer, nn.Module):
-                layer.eval()
+    def modules(self) -> Iterator[nn.Module]:
+        yield from super().modules()
+        yield from (module for module in (self.head, self.own_loss) if module is not None)
 
-    def vote(self, outputs: Tensors) -> Tensor:
-        """The head's probabilities ``(..., classes)`` for what the stage gave in evaluation."""
-        assert self.head is not None
+    def votes(self, outputs: Tensors) -> list[Tensor]:
+        if self.head is None:
+            return []
         training = self.head.training
         with self.seeds.scope():
             self.head.eval()
             votes = self._logits(outputs).float().softmax(dim=-1)
         self.head.train(training)
-        return votes
+        return [votes]
 
     # -- what it reports --------------------------------------------------------------------------------------------------
 
@@ -211,7 +225,6 @@ class LocalStage(Stage):
         self._sums[name], self._counts[name] = total + value, number + count
 
     def take_metrics(self) -> dict[str, float]:
-        """Mean loss and accuracy of the head since the last call."""
         metrics = {name: float(value) / float(self._counts[name]) for name, value in self._sums.items() if self._counts[name]}
         self._sums.clear()
         self._counts.clear()

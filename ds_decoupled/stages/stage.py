@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ds_decoupled.config import Axes
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients
+from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeSegment
 from ds_decoupled.stages.reversible import ReversibleSegment, is_invertible
@@ -29,14 +31,28 @@ LossFn = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class LossResult:
-    """What a stage with a loss gives: the loss (not scaled), its input, the gradients that reach it (None where nobody
-    below heeds them), and its output, where another stage follows."""
+class Shared:
+    """What all stages of a rank are made with.
 
-    loss: Tensor
-    inputs: Tensors
-    grads: Gradients | None
-    outputs: Tensors | None = None
+    Attributes:
+        axes: the method.
+        stages: J.
+        loss_fn: ``loss_fn(outputs, labels)``; None where the last layer gives the loss itself. Parameters of a module are the
+            last stage's.
+        seeds: the layers' random seeds.
+        autocast: how the layers run.
+        farthest: whether a stage with losses of a window learns from the farthest of them alone.
+        additional_losses: the module's losses beside the one that is learned from, by name, after a forward pass; None for none
+            (:meth:`PipelineModule.get_additional_losses`). They are reported.
+    """
+
+    axes: Axes
+    stages: int
+    loss_fn: LossFn | None
+    seeds: LayerSeeds
+    autocast: Autocast = Autocast()
+    farthest: bool = False
+    additional_losses: Callable[[], Mapping[str, Tensor] | None] = lambda: None
 
 
 def unique_parameters(layers: Sequence[Any]) -> list[nn.Parameter]:
@@ -55,30 +71,38 @@ class Stage:
         index: its number, 0..J-1.
         layers: its layers; each takes and returns a tensor or a tuple of tensors.
         first_layer: the first one's index in the whole model.
-        axes: the method.
-        is_last: whether the loss is computed here.
-        loss_fn: ``loss_fn(outputs, labels)``; None where the last layer gives the loss itself. Parameters of a module are the
-            last stage's.
-        seeds: the layers' random seeds.
-        autocast: how the layers run.
+        shared: what all stages of the rank are made with.
         split_backward: put the weights' gradients off until :meth:`finish_backward`.
+
+    Attributes:
+        handlers: what it does in an action of each kind: the name of a method of ``(micro_batch, *parts of what the action
+            takes)`` that gives an :class:`Outcome`. A subclass overrides methods, and adds rows for kinds of its own.
+        scale: of a micro-batch's loss: 1/k.
+        returns_input: whether the stage below wants its output back, beside its gradient.
+        stopped: whether it learns no more, and forwards in evaluation mode.
     """
 
-    def __init__(self, index: int, layers: Sequence[Layer], first_layer: int, axes: Axes, is_last: bool,
-                 loss_fn: LossFn | None, seeds: LayerSeeds, autocast: Autocast = Autocast(),  # noqa: B008  (frozen)
+    handlers: ClassVar[Mapping[Kind, str]] = {
+        Kind.LOAD: "on_load", Kind.FORWARD: "on_forward", Kind.LOSS: "on_loss", Kind.BACKWARD: "on_backward",
+        Kind.RECOMPUTE: "on_backward", Kind.RECONSTRUCT: "on_backward", Kind.WEIGHTS: "on_weights", Kind.UPDATE: "on_update"}
+
+    def __init__(self, index: int, layers: Sequence[Layer], first_layer: int, shared: Shared,
                  split_backward: bool = False) -> None:
-        self.index = index
-        self.is_last = is_last
-        self.loss_fn = loss_fn
-        self.seeds = seeds
-        self.parameters = unique_parameters([*layers, loss_fn] if is_last else layers)
-        self.weights = Weights(self.parameters, stashed=axes.weights == "stashed", predicted=axes.weights == "predicted")
-        self.autocast = autocast
-        self._all = Layers(layers, first_layer, seeds, autocast)
-        self.segments = self._make_segments(layers, first_layer, axes)
+        self.index, self.shared = index, shared
+        self.is_last = index == shared.stages - 1
+        self.loss_fn = shared.loss_fn
+        self.seeds, self.autocast = shared.seeds, shared.autocast
+        self.parameters = unique_parameters([*layers, self.loss_fn] if self.is_last else layers)
+        self.weights = Weights(self.parameters, stashed=shared.axes.weights == "stashed",
+                               predicted=shared.axes.weights == "predicted")
+        self._all = Layers(layers, first_layer, self.seeds, self.autocast)
+        self.segments = self._make_segments(layers, first_layer, shared.axes)
         self.deferred = DeferredWeightGradients(layers) if split_backward else None
         self.in_flight: set[int] = set()
         self.peak_in_flight = 0
+        self.scale = 1.0
+        self.returns_input = False
+        self.stopped = False
 
     def _make_segments(self, layers: Sequence[Layer], first_layer: int, axes: Axes) -> list[Segment]:
         if self.is_last:  # forward, loss and backward in one: nothing to recover
@@ -86,14 +110,14 @@ class Stage:
         if axes.recover != "reconstruct":
             kind = {"graph": GraphSegment, "input": RecomputeSegment}[axes.recover]
             return [kind(Layers(layers, first_layer, self.seeds, self.autocast), self.weights, self.index > 0)]
-        runs: list[Segment] = []
+        segments: list[Segment] = []
         start = 0
         for invertible, group in groupby(layers, is_invertible):
             functions = list(group)
             part = Layers(functions, first_layer + start, self.seeds, self.autocast)
-            runs.append((ReversibleSegment if invertible else RecomputeSegment)(part, self.weights, self.index > 0 or start > 0))
+            segments.append((ReversibleSegment if invertible else RecomputeSegment)(part, self.weights, self.index > 0 or start > 0))
             start += len(functions)
-        return runs
+        return segments
 
     @property
     def wants_output(self) -> bool:
@@ -117,7 +141,7 @@ class Stage:
         with self.seeds.scope(), self.weights.ahead():
             x = inputs
             for segment in self.segments:
-                x = run.forward(micro_batch, x)
+                x = segment.forward(micro_batch, x)
         self.weights.forward_done(micro_batch)
         self.in_flight.add(micro_batch)
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))
@@ -129,25 +153,109 @@ class Stage:
         tensors = outputs
         with self.seeds.scope(), self.weights.of(micro_batch):
             for segment in reversed(self.segments):
-                tensors, grads = run.backward(micro_batch, tensors, grads)
+                tensors, grads = segment.backward(micro_batch, tensors, grads)
         self.weights.backward_done(micro_batch)
         assert tensors is not None
         return tensors, grads
 
-    def loss_and_backward(self, micro_batch: int, inputs: Tensors, labels: Any, scale: float) -> LossResult:
-        """The last stage's whole work on a micro-batch: forward, loss, and the backward of ``scale * loss``."""
+    def loss_and_backward(self, micro_batch: int, inputs: Tensors, labels: Any) -> tuple[Tensor, Tensors, Gradients]:
+        """The last stage's whole work on a micro-batch: forward, loss, and the backward of ``scale * loss``.
+
+        Returns:
+            The loss (not scaled; the additional ones behind it), the input, and the gradients that reach it.
+        """
         self.peak_in_flight = max(self.peak_in_flight, 1)
         kept = leaves(inputs, self.index > 0)
         with self.seeds.scope(), torch.enable_grad():
             loss = self.loss(self._all.keep_input(kept, micro_batch), labels)
             if loss.requires_grad:
-                backward(loss * scale if scale != 1 else loss, (torch.ones_like(loss),))
-        return LossResult(loss.detach(), detach(kept), input_gradients(kept))
+                backward(loss * self.scale if self.scale != 1 else loss, (torch.ones_like(loss),))
+        return self._with_additional(loss.detach()), detach(kept), input_gradients(kept)
+
+    def _with_additional(self, loss: Tensor) -> Tensor:
+        additional = self.shared.additional_losses()
+        if not additional:
+            return loss
+        return torch.stack([value.detach().float().reshape(()) for value in (loss, *additional.values())])
 
     def finish_backward(self) -> None:
         """Compute the weights' gradients that were put off, if any."""
         if self.deferred is not None:
             self.deferred.run()
+
+    # -- what it does in an action ----------------------------------------------------------------------------------------
+
+    def act(self, kind: Kind, micro_batch: int, *parts: Any) -> Outcome:
+        """Do what an action of ``kind`` is to this stage; ``parts`` are those of the message that it takes."""
+        if kind not in self.handlers:
+            raise TypeError(f"{type(self).__name__} has no handler for {kind.name} ({kind.letter})")
+        outcome: Outcome = getattr(self, self.handlers[kind])(micro_batch, *parts)
+        return outcome
+
+    def on_load(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """The raw batch is the first stage's input."""
+        return Outcome({Slot.INPUT: (inputs, labels)}, inputs=inputs)
+
+    def on_forward(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """The labels travel along."""
+        return Outcome({Slot.OUTPUT: (self.forward(micro_batch, inputs), labels)}, inputs=inputs)
+
+    def on_loss(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """Forward, loss and backward in one."""
+        loss, inputs, grads = self.loss_and_backward(micro_batch, inputs, labels)
+        return Outcome(self.down(grads, inputs, loss), loss, complete=self.deferred is None, inputs=inputs)
+
+    def on_backward(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor) -> Outcome:
+        """Back through the stage."""
+        inputs, input_grads = self.backward(micro_batch, outputs, grads)
+        return Outcome(self.down(input_grads, inputs, loss), loss, complete=self.deferred is None, inputs=inputs)
+
+    def on_weights(self, micro_batch: int) -> Outcome:
+        """The second half of a backward pass."""
+        self.finish_backward()
+        return Outcome(complete=True)
+
+    def on_update(self, update: int) -> Outcome:
+        """The k-th gradient is there."""
+        if not self.stopped:
+            self.weights.before_update()
+        return Outcome(steps=not self.stopped)
+
+    def down(self, grads: Gradients | None, inputs: Tensors, loss: Tensor) -> dict[Slot, tuple[Any, ...]]:
+        """What goes to the stage below, if there is one and gradients reach it."""
+        if self.index == 0 or grads is None:
+            return {}
+        return {Slot.INPUT_GRADIENT: (grads, inputs if self.returns_input else None, loss)}
+
+    # -- the parts of it --------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Learn no more: from now on forward alone, in evaluation mode."""
+        self.stopped = True
+        self.train_mode()
+
+    def train_mode(self) -> None:
+        """To be called once the module is in training mode: what has stopped goes back to evaluation."""
+        if self.stopped:
+            for module in self.modules():
+                module.eval()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Its layers and whatever else it owns that is a module."""
+        yield from (layer for layer in self._all.functions if isinstance(layer, nn.Module))
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those of a head of its own that get gradients."""
+        return []
+
+    def votes(self, outputs: Tensors) -> list[Tensor]:
+        """What a head of its own says of ``outputs`` in evaluation: probabilities ``(..., classes)``; nothing without one."""
+        return []
+
+    def take_metrics(self) -> dict[str, float] | None:
+        """Mean loss and accuracy by its own loss since the last call; None for a stage whose loss is not its own."""
+        return None
 
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
         """The scalar loss."""
@@ -184,7 +292,7 @@ class Stage:
     def kept(self) -> Iterator[Tensor]:
         """Every tensor held for micro-batches in flight."""
         for segment in self.segments:
-            yield from run.kept()
+            yield from segment.kept()
 
     def kept_bytes(self) -> int:
         """Bytes held for micro-batches in flight, each storage once."""
@@ -193,15 +301,15 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         """What is in flight, and the weights' versions."""
-        return {"runs": [run.state_dict() for segment in self.segments], "weights": self.weights.state_dict(),
+        return {"segments": [segment.state_dict() for segment in self.segments], "weights": self.weights.state_dict(),
                 "in_flight": sorted(self.in_flight)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.weights.load_state_dict(state["weights"])
         with self.seeds.scope():
-            for run, records in zip(self.segments, state["runs"]):
-                run.load_state_dict(records)
+            for segment, records in zip(self.segments, state["segments"]):
+                segment.load_state_dict(records)
         self.in_flight = set(state["in_flight"])
 
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from ds_decoupled.schedules import Action
+from ds_decoupled.watchers.watcher import Watcher
 
-class Breakdown:
+
+class Breakdown(Watcher):
     """Seconds and times by kind of action on one rank.
 
     Attributes:
@@ -28,29 +30,29 @@ class Breakdown:
 
     def __init__(self, rank: int, pipe_rank: int) -> None:
         self.rank, self.pipe_rank = rank, pipe_rank
+        self._start = 0.0
         self.total: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._times: Counter[str] = Counter()
 
-    def timed(self, actions: Mapping[type, Callable[..., None]]) -> dict[type, Callable[..., None]]:
-        """The same actions, each of which is timed; DeepSpeed binds them to the engine, so they are functions."""
-        return {kind: self._timed(kind.__name__, action) for kind, action in actions.items()}
+    def before(self, action: Action) -> None:
+        self._start = time.perf_counter()
 
-    def _timed(self, name: str, action: Callable[..., None]) -> Callable[..., None]:
-        synchronize = get_accelerator().synchronize
+    def after(self, action: Action) -> None:
+        get_accelerator().synchronize()
+        seconds = time.perf_counter() - self._start
+        name = action.kind.name
+        self.total[name] = self.total.get(name, 0.0) + seconds
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._times[name] += 1
 
-        def run(engine: Any, **kwargs: Any) -> None:
-            start = time.perf_counter()
-            action(engine, **kwargs)
-            synchronize()
-            seconds = time.perf_counter() - start
-            self.total[name] = self.total.get(name, 0.0) + seconds
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-            self._times[name] += 1
+    def report(self) -> dict[str, float]:
+        return self.total
 
-        return run
+    def merge(self, reports: list[dict[str, float]]) -> dict[str, Any]:
+        return {"seconds_by_action": reports}
 
-    def report(self, updates: int) -> str:
+    def line(self, updates: int) -> str:
         """What has been spent since the last report, and begin anew."""
         parts = [f"{name} {seconds:.3f} ({self._times[name]})" for name, seconds in sorted(self._seconds.items())]
         self._seconds.clear()

@@ -1,0 +1,9 @@
+"""Who acts next on a rank: the only place that knows order or time."""
+
+from ds_decoupled.runners.planned import PlannedRunner
+from ds_decoupled.runners.runner import DataEnd, Fetch, Runner
+
+#: By the pace of a method: where the order of actions comes from.
+RUNNERS: dict[str, type[Runner]] = {"ticks": PlannedRunner}
+
+__all__ = ["RUNNERS", "DataEnd", "Fetch", "PlannedRunner", "Runner"]

@@ -1,0 +1,177 @@
+"""Giving the stages of all ranks their heads: a blank sample passes through all stages, and shows what each of them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_decoupled.collectives import gather, together
+from ds_decoupled.compat import layer_specs
+from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.nn.heads import SharedReadout, shared_blocks
+from ds_decoupled.passes import NoBatch, Passes, as_in_evaluation
+from ds_decoupled.stages.heads import make_head, make_readout
+from ds_decoupled.stages.local import LocalStage
+from ds_decoupled.stages.randomness import LayerSeeds
+from ds_decoupled.stages.stage import Stage
+from ds_decoupled.tensors import Tensors, as_tuple, map_tensors, to_device
+
+
+def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int, dtype: torch.dtype) -> list[Tensors]:
+    """Inputs of the first layer, to be tried in this order: the module's own sample, or those of the shape that the JSON gives.
+
+    The shape does not say the type. Token ids come first where samples have one dimension, numbers elsewhere; then the other.
+
+    Args:
+        module: the pipeline module.
+        input_shape: of one sample.
+        micro_batch: samples in a micro-batch.
+        dtype: the layers' floating-point type.
+
+    Raises:
+        ConfigError: where there is neither.
+    """
+    sample: Tensors | None = getattr(module, "sample_input", None)
+    if sample is not None:
+        return [sample]
+    if input_shape is None:
+        raise ConfigError("decoupled.input_shape", None, "heads are built from the shapes of what stages give, and no input is "
+                          "known", 'Give one sample\'s shape, such as [3, 32, 32] (or [128] for 128 token ids or features), or '
+                          "DecoupledPipelineModule a sample_input.")
+    numbers = list(dict.fromkeys((torch.float32, dtype)))
+    order = [torch.long, *numbers] if len(input_shape) == 1 else [*numbers, torch.long]
+    return [torch.zeros(micro_batch, *input_shape, dtype=kind) for kind in order]
+
+
+class ReadoutRefresh:
+    """Keeps the ranks' copies of the model's last layer, which shared heads end in, up to date.
+
+    Args:
+        readout: this rank's copy.
+        source: the last layer itself, on the rank that has it; None elsewhere.
+        every: updates from one refresh to the next.
+        grid: DeepSpeed's grid, whose pipe group the layer goes around in.
+
+    Attributes:
+        bytes_sent: to other ranks, of which the rank of the last stage sends all.
+    """
+
+    def __init__(self, readout: SharedReadout, source: nn.Module | None, every: int, grid: Any) -> None:
+        self.readout, self.source, self.every, self.grid = readout, source, every, grid
+        self.bytes_sent = 0
+
+    def before_call(self, update: int) -> None:
+        """What is due before a call of ``train_batch`` that makes update ``update``. A collective call of a pipeline's ranks,
+        which are all at the same tick then, so that the numbers are those of any number of ranks."""
+        if update % self.every:
+            return
+        group, ranks = self.grid.get_pipe_parallel_group(), self.grid.get_pipe_parallel_world_size()
+        for name, value in sorted(self.readout.layer.state_dict().items()):
+            if self.source is not None:
+                value.copy_(self.source.state_dict()[name])
+            if ranks > 1:
+                dist.broadcast(value, self.grid.stage_to_global(ranks - 1), group=group)
+                self.bytes_sent += value.nbytes * (ranks - 1) if self.source is not None else 0
+
+
+def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config: DecoupledConfig, *, grid: Any,
+                seeds: LayerSeeds, micro_batch: int, dtype: torch.dtype) -> list[ReadoutRefresh]:
+    """Give this rank's stages the heads that their losses are taken from; nothing with a global gradient. A collective call.
+
+    Args:
+        stages: this rank's, by number.
+        passes: the way through all ranks' stages.
+        module: the pipeline module.
+        config: the ``decoupled`` block.
+        grid: DeepSpeed's grid.
+        seeds: of the layers.
+        micro_batch: samples in a micro-batch.
+        dtype: the layers' floating-point type.
+
+    Returns:
+        What keeps shared heads up to date.
+
+    Raises:
+        ConfigError: on every rank, if any head cannot be built.
+    """
+    local = {index: stage for index, stage in stages.items() if isinstance(stage, LocalStage)}
+    if not any(gather(len(local))):
+        return []
+    complaints: list[str] = []
+    for sample in samples_of(module, config.input_shape, micro_batch, dtype):
+        given, outputs, complaint = _outputs_of(stages, passes, sample, seeds.device)
+        if complaint is None:
+            break
+        complaints.append(complaint)
+    else:
+        raise ConfigError("decoupled.input_shape", config.input_shape, "; ".join(complaints), "Is it the shape of one of its "
+                          "inputs? Where it does not say enough, give DecoupledPipelineModule a sample_input.")
+    like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
+    specs = layer_specs(module)
+
+    def make() -> SharedReadout | None:
+        readout = make_readout(specs, like, seeds.device) if shared_blocks(config.head) is not None else None
+        for index, stage in local.items():
+            if stage.has_loss and not stage.is_last:
+                with stage.autocast.forward():
+                    stage.head = make_head(config.head, given[index], outputs, seeds.base, index, like, seeds.device, specs,
+                                           readout)
+        return readout
+
+    readout = together(make)
+    _give_losses(local, module.loss_fn)
+    if readout is None:
+        return []
+    source = module.forward_funcs[-1] if any(stage.is_last for stage in local.values()) else None
+    return [ReadoutRefresh(readout, source, config.head_refresh, grid)]
+
+
+def _outputs_of(stages: Mapping[int, Stage], passes: Passes, sample: Tensors,
+                device: torch.device) -> tuple[dict[int, Tensors], int, str | None]:
+    """Pass ``sample`` through all ranks' stages. A collective call.
+
+    Returns:
+        What each stage here gives, the size of the last dimension of what the last stage gives, and what went wrong on any
+        rank, in words.
+    """
+    given: dict[int, Tensors] = {}
+
+    def through(stage: Stage, x: Tensors, beside: list[Any]) -> Tensors:
+        try:
+            given[stage.index] = map_tensors(torch.clone, stage.plain_forward(0, x))
+        except Exception as error:
+            kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in as_tuple(x)]
+            raise ValueError(f"a blank sample, {', '.join(kinds)}, does not pass: {error}") from error
+        return given[stage.index]
+
+    complaint: str | None = None
+    passes.expect("evaluation", 1)
+    try:
+        with torch.no_grad(), as_in_evaluation(stages.values()):
+            passes.forward("evaluation", 0, lambda: (to_device(sample, device), None), through, tell=True)
+    except NoBatch as missing:
+        complaint = str(missing.error)
+    except ValueError as error:
+        complaint = str(error)
+    passes.network.wait_until_taken("evaluation")
+    outputs = next((as_tuple(given[s])[0].shape[-1] for s, stage in stages.items() if stage.is_last and s in given), None)
+    told = gather((complaint, outputs))
+    first = next((told_complaint for told_complaint, _ in told if told_complaint is not None), None)
+    return given, next((n for _, n in told if n is not None), 0), first
+
+
+def _give_losses(stages: Mapping[int, LocalStage], loss_fn: Any) -> None:
+    """A loss with parameters or buffers of its own: every stage with a head gets a copy of the last stage's."""
+    if not isinstance(loss_fn, nn.Module) or not loss_fn.state_dict():
+        return
+    # Each rank made its own; the last stage's is the one that counts.
+    told = gather(loss_fn.state_dict() if any(stage.is_last for stage in stages.values()) else None)
+    state = next(value for value in told if value is not None)
+    for stage in stages.values():
+        if stage.head is not None:
+            stage.give_loss(state)

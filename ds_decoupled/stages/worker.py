@@ -1,0 +1,84 @@
+"""A stage at work: it takes the message that an action needs, lets the stage act, and posts what comes of it.
+
+::
+
+    queue of kind.takes --> stage.act(kind) --> Outcome --> queues of kind.gives
+                                                   |--> complete: the optimizer accumulates
+                                                   |--> steps:    the optimizer steps
+                                                   |--> loss:     reported, by the rank's topmost stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ds_decoupled.links import LocalLink, Message
+from ds_decoupled.optim import StageOptimizer
+from ds_decoupled.schedules import Action, Kind, Slot
+from ds_decoupled.stages.outcome import Outcome
+from ds_decoupled.stages.stage import Stage
+from ds_decoupled.watchers.watcher import Watcher
+
+
+class Worker:
+    """One stage, its optimizer and its queues.
+
+    Args:
+        stage: whose handlers say what it does in an action.
+        optimizer: steps when an update is due.
+        queues: by slot; a slot without a queue leads nowhere, and what is given there is dropped.
+        report: where losses go; None where another stage of the rank reports.
+        watchers: are told what the stage made of an action, before the optimizer hears of it.
+        stop_after: updates after which the stage learns no more; None for never.
+    """
+
+    def __init__(self, stage: Stage, optimizer: StageOptimizer, queues: Mapping[Slot, LocalLink],
+                 report: Callable[[Tensor], None] | None, watchers: Sequence[Watcher], stop_after: int | None) -> None:
+        self.stage, self.optimizer, self.queues = stage, optimizer, queues
+        self.report, self.watchers, self.stop_after = report, watchers, stop_after
+        self._stop_if_due()
+
+    def act(self, kind: Kind, micro_batch: int) -> Outcome:
+        """One action. For an update ``micro_batch`` is the update's number."""
+        taken: tuple[Any, ...] = ()
+        if kind.takes in self.queues:
+            queue = self.queues[kind.takes]
+            taken = queue.recv(micro_batch, f"stage {self.stage.index}, {kind.words}: {kind.takes.value}").parts
+        outcome = self.stage.act(kind, micro_batch, *taken)
+        for slot, parts in outcome.given.items():
+            if slot in self.queues:
+                self.queues[slot].send(Message(micro_batch, parts))
+        for watcher in self.watchers:
+            watcher.acted(Action(self.stage.index, kind, micro_batch), outcome)
+        if outcome.loss is not None and self.report is not None:
+            self.report(outcome.loss)
+        if outcome.complete:
+            self.optimizer.accumulate()
+        if outcome.steps:
+            self.optimizer.step()
+            self._stop_if_due()
+        return outcome
+
+    def _stop_if_due(self) -> None:
+        if self.stop_after is not None and not self.stage.stopped and self.optimizer.updates >= self.stop_after:
+            self.stage.stop()
+
+    def report(self) -> dict[str, int]:
+        """The most micro-batches that were in flight at once, and the updates made."""
+        return {"records": self.stage.peak_in_flight, "updates": self.optimizer.updates}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage with what is in flight, and its optimizer."""
+        return {"stage": self.stage.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], load_optimizer: bool = True, load_lr_scheduler: bool = True) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"], load_optimizer, load_lr_scheduler)
+        self.stage.load_state_dict(state["stage"])
+
+    def weights_replaced(self) -> None:
+        """The weights were loaded alone."""
+        self.optimizer.weights_replaced()

@@ -1,0 +1,48 @@
+"""What is told after every call of ``train_batch``: DeepSpeed's counters, its monitor's events, its lines."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ds_decoupled.compat import PipelineEngineBase
+from ds_decoupled.losses import Losses
+from ds_decoupled.watchers import Breakdown
+
+
+class StepLog:
+    """Counts, logs and monitors as DeepSpeed's pipeline engine does.
+
+    Args:
+        engine: whose counters move.
+        breakdown: what ``wall_clock_breakdown`` measures; None where it is off.
+
+    Attributes:
+        seconds: spent in ``train_batch``.
+    """
+
+    def __init__(self, engine: PipelineEngineBase, breakdown: Breakdown | None) -> None:
+        self.engine, self.breakdown = engine, breakdown
+        self.seconds = 0.0
+
+    def after_batch(self, losses: Losses, loss: Tensor) -> None:
+        """A call has made its update. While the pipeline fills it has no loss, and none is told."""
+        engine = self.engine
+        engine.global_steps += 1
+        engine.global_samples += engine.train_batch_size()
+        engine.agg_train_loss = loss
+        if losses.additional:
+            engine.agg_additional_losses = losses.additional
+        if engine.global_rank == 0 and engine.monitor.enabled and losses:
+            rates = engine.get_lr()[:1]  # none on a rank with nothing to train
+            engine.monitor.write_events([("Train/Samples/train_loss", loss.item(), engine.global_samples),
+                                         *(("Train/Samples/lr", rate, engine.global_samples) for rate in rates)])
+        every = engine.steps_per_print()
+        if every is None or engine.global_steps % every:
+            return
+        if engine.global_rank == 0:
+            rate = engine.train_batch_size() * engine.global_steps / self.seconds
+            shown = {"loss": loss, **(losses.additional or {})} if losses else {}
+            told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
+            print(f"steps: {engine.global_steps} {told} samples/sec: {rate:0.3f}", flush=True)
+        if self.breakdown is not None:
+            print(self.breakdown.line(engine.global_steps), flush=True)

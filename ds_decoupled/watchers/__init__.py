@@ -1,0 +1,10 @@
+"""Who looks on: watchers are told of every action of a rank, and change nothing that training depends on.
+
+``engine.watch(watcher)`` adds one.
+"""
+
+from ds_decoupled.watchers.breakdown import Breakdown
+from ds_decoupled.watchers.gradients import GradientTracker
+from ds_decoupled.watchers.watcher import Watcher
+
+__all__ = ["Breakdown", "GradientTracker", "Watcher"]
