@@ -14,27 +14,46 @@ Nothing in it depends on the number of pipe ranks.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
+from ds_decoupled.axes import Axes
 from ds_decoupled.collectives import gather
+from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.links import Message
-
-if TYPE_CHECKING:
-    from ds_decoupled.engine import DecoupledPipelineEngine
-
+from ds_decoupled.network import Network
+from ds_decoupled.runners import Runner
+from ds_decoupled.schedules import Placement
+from ds_decoupled.stages import LayerSeeds
+from ds_decoupled.stages.worker import Worker
+from ds_decoupled.watchers import Watcher
 
 _LOSS_FILE = "loss_fn-model_states.pt"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What has a state of its own beside DeepSpeed's engine: this rank's, and what all ranks share."""
+
+    method: str
+    axes: Axes
+    placement: Placement
+    seeds: LayerSeeds
+    workers: Mapping[int, Worker]
+    network: Network
+    runner: Runner
+    watchers: Sequence[Watcher]
 
 
 def _stage_file(folder: str, stage: int, replica: int) -> str:
     return os.path.join(folder, f"decoupled_stage_{stage:02d}-data_{replica:02d}.pt")
 
 
-def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, client_state: dict[str, Any],
+def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag: Any, client_state: dict[str, Any],
                     save_latest: bool, exclude_frozen: bool) -> bool:
     """Write a checkpoint; see :meth:`DecoupledPipelineEngine.save_checkpoint`."""
     if not save_dir:
@@ -47,19 +66,18 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     os.makedirs(folder, exist_ok=True)
     engine.module.save_state_dict(folder, checkpoint_engine=engine.checkpoint_engine, exclude_frozen_params=exclude_frozen)
     replica = engine.mpu.get_data_parallel_rank()
-    if engine.holds_loss and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
+    if engine.is_last_stage() and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
         torch.save(loss_fn.state_dict(), os.path.join(folder, _LOSS_FILE))
-    pending = engine.network.pending()
-    for index, stage in engine.stages.items():
+    pending = parts.network.pending()
+    for index, worker in parts.workers.items():
         messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
-        torch.save({"stage": _owned(stage.state_dict()), "optimizer": engine.stage_optimizers[index].state_dict(),
-                    "pending": _owned(messages)}, _stage_file(folder, index, replica))
+        torch.save({**_owned(worker.state_dict()), "pending": _owned(messages)}, _stage_file(folder, index, replica))
     if engine.global_rank == 0:
-        torch.save({"client_state": client_state, "stages": engine.placement.stages, "replicas": engine.dp_world_size,
-                    "method": engine.decoupled.method, "axes": asdict(engine.axes), "k": engine.plan.k,
-                    "stage_bounds": list(engine.placement.stage_bounds),
+        torch.save({"client_state": client_state, "stages": parts.placement.stages, "replicas": engine.dp_world_size,
+                    "method": parts.method, "axes": asdict(parts.axes), "k": parts.runner.plan.k,
+                    "stage_bounds": list(parts.placement.stage_bounds),
                     "global_steps": engine.global_steps, "global_samples": engine.global_samples,
-                    "seed": engine.seeds.base, "run": (engine._first_micro_batch, engine._fed, engine._tick)},
+                    "seed": parts.seeds.base, "run": parts.runner.state_dict()},
                    os.path.join(folder, "decoupled_engine.pt"))
     dist.barrier()
     if save_latest and engine.global_rank == 0:
@@ -69,7 +87,7 @@ def save_checkpoint(engine: DecoupledPipelineEngine, save_dir: str, tag: Any, cl
     return True
 
 
-def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, strict: bool, load_optimizer: bool,
+def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag: Any, strict: bool, load_optimizer: bool,
                     load_lr_scheduler: bool, module_only: bool) -> tuple[str | None, dict[str, Any] | None]:
     """Read a checkpoint; see :meth:`DecoupledPipelineEngine.load_checkpoint`."""
     if tag is None:
@@ -83,48 +101,56 @@ def load_checkpoint(engine: DecoupledPipelineEngine, load_dir: str, tag: Any, st
         raise FileNotFoundError(f"{folder} holds no checkpoint of a decoupled engine (decoupled_engine.pt is missing)")
     state = torch.load(os.path.join(folder, "decoupled_engine.pt"), map_location="cpu", weights_only=False)
     if module_only:
-        if engine._tick:
+        if not parts.runner.at_rest:
             raise RuntimeError("load_checkpoint(load_module_only=True) needs an empty pipeline, because the gradients that are "
                                "on their way are those of other weights: call drain() first")
         _load_weights(engine, folder, strict)
-        for optimizer in engine.stage_optimizers.values():
-            optimizer.weights_replaced()
+        for worker in parts.workers.values():
+            worker.weights_replaced()
         return folder, state["client_state"]
-    axes, in_flight = asdict(engine.axes), state["run"][2] > 0
-    told = state.get("axes", axes)  # older checkpoints do not tell
-    saved_axes, own_axes = ("".join(f", {name} {of.get(name)}" for name in axes if told.get(name) != axes[name])
-                            for of in (told, axes))
-    for name, saved, here in (("stages", state["stage_bounds"], list(engine.placement.stage_bounds)),
-                              ("data-parallel replicas", state["replicas"], engine.dp_world_size),
-                              *([("method", state["method"] + saved_axes, engine.decoupled.method + own_axes)]
-                                if own_axes else []),
-                              *([("k", state.get("k", engine.plan.k), engine.plan.k)] if in_flight else [])):
-        if saved != here:
-            raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
-                             "flight fits only the same ones; load_module_only=True loads the weights alone.")
-    engine.network.pending()  # takes in what is on its way; it is of a run that ends here
+    _check_same(engine, parts, folder, state)
+    parts.network.pending()  # takes in what is on its way; it is of a run that ends here
     _load_weights(engine, folder, strict)
-    engine.seeds.base = state["seed"]  # before records are made again, with dropout's masks
+    parts.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
     replica = engine.mpu.get_data_parallel_rank()
-    for index, stage in engine.stages.items():
+    for index, worker in parts.workers.items():
         saved = torch.load(_stage_file(folder, index, replica), map_location="cpu", weights_only=False)
-        engine.stage_optimizers[index].load_state_dict(saved["optimizer"], load_optimizer, load_lr_scheduler)
         engine.module.train()
-        stage.load_state_dict(saved["stage"])
+        worker.load_state_dict(saved, load_optimizer, load_lr_scheduler)
         for kind, messages in saved["pending"].items():
-            pending[kind][index] = [Message(m, _on(parts, engine.device)) for m, parts in messages]
+            pending[kind][index] = [Message(m, _on(message, engine.device)) for m, message in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
-    engine._first_micro_batch, engine._fed, engine._tick = state["run"]
-    engine._end = engine._end_error = None
-    engine._batches.clear()
-    engine.network.restore(pending, engine._tick, engine._fed, engine._first_micro_batch)
-    if engine.tracker is not None:
-        engine.tracker.forget(engine._first_micro_batch + engine._fed)
+    runner = parts.runner
+    runner.load_state_dict(state["run"])
+    parts.network.restore(pending, runner.first, runner.sent_up())
+    for watcher in parts.watchers:
+        watcher.resumed(runner.next_micro_batch)
     return folder, state["client_state"]
 
 
-def _load_weights(engine: DecoupledPipelineEngine, folder: str, strict: bool) -> None:
+def _check_same(engine: PipelineEngineBase, parts: Parts, folder: str, state: Mapping[str, Any]) -> None:
+    """What is in flight fits only the same stages, replicas, method and k.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    axes, told = asdict(parts.axes), state["axes"]
+    saved_axes, own_axes = ("".join(f", {name} {of.get(name)}" for name in axes if told.get(name) != axes[name])
+                            for of in (told, axes))
+    compared = [("stages", state["stage_bounds"], list(parts.placement.stage_bounds)),
+                ("data-parallel replicas", state["replicas"], engine.dp_world_size)]
+    if own_axes:
+        compared.append(("method", state["method"] + saved_axes, parts.method + own_axes))
+    if not parts.runner.rests(state["run"]):
+        compared.append(("k", state["k"], parts.runner.plan.k))
+    for name, saved, here in compared:
+        if saved != here:
+            raise ValueError(f"the checkpoint {folder} was saved with {name} {saved}, this engine has {here}. What is in "
+                             "flight fits only the same ones; load_module_only=True loads the weights alone.")
+
+
+def _load_weights(engine: PipelineEngineBase, folder: str, strict: bool) -> None:
     """The layers' weights, and the loss's."""
     engine.module.load_state_dir(folder, checkpoint_engine=engine.checkpoint_engine, strict=strict)
     if (loss_fn := _stateful_loss(engine)) is None:
@@ -137,7 +163,7 @@ def _load_weights(engine: DecoupledPipelineEngine, folder: str, strict: bool) ->
                                 "missing); load_module_strict=False leaves them as they are")
 
 
-def _stateful_loss(engine: DecoupledPipelineEngine) -> torch.nn.Module | None:
+def _stateful_loss(engine: PipelineEngineBase) -> torch.nn.Module | None:
     """The pipeline module's ``loss_fn``, where it has parameters or buffers."""
     loss_fn = engine.module.loss_fn
     return loss_fn if isinstance(loss_fn, torch.nn.Module) and loss_fn.state_dict() else None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 import torch
 import torch.distributed as dist
 
-from ds_decoupled.errors import ConfigError, RankError, Verbatim, one_line
+from ds_decoupled.errors import ConfigError, PeerError, RankError, Verbatim, one_line
 
 T = TypeVar("T")
 
@@ -51,6 +51,19 @@ def first_reason(error: Exception | None, group: Any, device: torch.device) -> s
     reasons: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(reasons, None if error is None else one_line(error), group=group)
     return next(reason for reason in reasons if reason is not None)
+
+
+def error_of_group(error: Exception | None, group: Any, device: torch.device) -> Exception | None:
+    """What the data of this replica failed with, or of another replica of ``group`` (None for the only one), whose ranks would
+    wait for this one's gradients or loss. A collective call of the group."""
+    if group is None:
+        return error
+    reason = first_reason(error, group, device)
+    if error is not None or reason is None:
+        return error
+    if reason.startswith(StopIteration.__name__):
+        return StopIteration("the data of another replica ended")
+    return PeerError(f"the data of another replica failed: {reason}", 0, reason)
 
 
 @overload

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ds_decoupled import compat
-from ds_decoupled.checkpoint import load_checkpoint, save_checkpoint
+from ds_decoupled.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ds_decoupled.collectives import error_of_group, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import PeerError, one_line
@@ -130,9 +130,9 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
                                   self.losses.add if s == top else None, self.watchers,
                                   None if block.stop_after is None else block.stop_after[s])
                         for s, stage in self.stages.items()}
-        fetch = self._fetch if self.is_first_stage() else None
-        self.runner = RUNNERS[self.axes.pace](self.plan, self.stage_id, workers=self.workers, network=self.network,
-                                              watchers=self.watchers, flush=self.axes.flush, execute=self.run_schedule, fetch=fetch)
+        self.runner = RUNNERS[self.axes.pace](
+            self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
+            execute=self.run_schedule, fetch=self._fetch if self.is_first_stage() else None)
         self.instruction_map = instruction_map(self.runner.act)
         self._set_k()
         self.step_log = StepLog(self, breakdown)
@@ -334,10 +334,15 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
 
     # -- checkpoints and reports ------------------------------------------------------------------------------------------
 
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.decoupled.method, self.axes, self.placement, self.seeds, self.workers, self.network, self.runner,
+                     self.watchers)
+
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
         """Save weights (DeepSpeed's layer files), optimizers and all that is in flight. All ranks must call it."""
-        return save_checkpoint(self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        return save_checkpoint(self, self._parts, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
@@ -347,8 +352,8 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         Returns:
             The checkpoint's path and the client's state; ``(None, None)`` where there is none.
         """
-        return load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
-                               load_module_only)
+        return load_checkpoint(self, self._parts, load_dir, tag, load_module_strict, load_optimizer_states,
+                               load_lr_scheduler_states, load_module_only)
 
     def stage_metrics(self) -> list[dict[str, float]]:
         """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global

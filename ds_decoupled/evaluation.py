@@ -27,8 +27,8 @@ def evaluate(passes: Passes, count: int, source: Callable[[], MicroBatch], *, as
         compute_loss: whether losses are wanted, or the outputs in their place.
 
     Returns:
-        On the last rank a ``(loss, outputs)`` of each micro-batch, else nothing; and why there are fewer than ``count``: the data
-        ended (StopIteration), or failed.
+        On the last rank a ``(loss, outputs)`` of each micro-batch, else nothing; and why there are fewer than ``count``: the
+        data ended (StopIteration), or failed.
     """
     results: list[tuple[Any, Tensors]] = []
     error: Exception | None = None

@@ -29,8 +29,8 @@ class NoBatch(Exception):
     """A batch does not come.
 
     Attributes:
-        error: why: what the first rank's source raised; on the ranks above StopIteration for its StopIteration, and for anything
-            else a :class:`PeerError` that says the same.
+        error: why: what the first rank's source raised; on the ranks above StopIteration for its StopIteration, and for
+            anything else a :class:`PeerError` that says the same.
     """
 
     def __init__(self, error: Exception) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ds_decoupled import compat
 from ds_decoupled.collectives import together
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.optim import StageOptimizer
 from ds_decoupled.optim.sparse import complaint, sparse_layers
-
-if TYPE_CHECKING:
-    from ds_decoupled.engine import DecoupledPipelineEngine
+from ds_decoupled.stages import Stage
 
 
 def _raise(error: ConfigError | None) -> None:
@@ -44,16 +44,17 @@ def check_zero(config: Any, optimizer: Any) -> None:
                           "evaluate alone.")
 
 
-def check_sparse(engine: DecoupledPipelineEngine) -> None:
+def check_sparse(engine: compat.PipelineEngineBase, stages: Mapping[int, Stage],
+                 optimizers: Mapping[int, StageOptimizer]) -> None:
     """Layers with sparse gradients need an optimizer that takes them. A collective call.
 
     Raises:
         ConfigError: with bf16 or ZeRO, which keep gradients in flat buffers, and for optimizers that take dense ones alone.
     """
     error: ConfigError | None = None
-    for index, stage in engine.stages.items():
+    for index, stage in stages.items():
         layers = sparse_layers(stage.layers)
-        optimizer = engine.stage_optimizers[index]
+        optimizer = optimizers[index]
         if not layers or optimizer.optimizer is None or error is not None:
             continue
         name, hint = f"{layers[0]}(sparse=True)", "Leave sparse=True out"
@@ -66,16 +67,16 @@ def check_sparse(engine: DecoupledPipelineEngine) -> None:
     _raise(error)
 
 
-def check_loss(engine: DecoupledPipelineEngine) -> None:
+def check_loss(loss_fn: Any, stages: Mapping[int, Stage]) -> None:
     """Parameters of ``loss_fn`` are the last stage's, and no other stage's. A collective call.
 
     Raises:
         ConfigError: if it shares one with a layer of another stage.
     """
-    loss_fn, error = engine.module.loss_fn, None
-    if isinstance(loss_fn, torch.nn.Module) and not all(stage.is_last for stage in engine.stages.values()):
+    error = None
+    if isinstance(loss_fn, torch.nn.Module) and not all(stage.is_last for stage in stages.values()):
         own = {id(p) for p in loss_fn.parameters()}
-        shared = [s for s, stage in engine.stages.items() if not stage.is_last and own & {id(p) for p in stage.parameters}]
+        shared = [s for s, stage in stages.items() if not stage.is_last and own & {id(p) for p in stage.parameters}]
         if shared:
             error = ConfigError("loss_fn", type(loss_fn).__name__, f"it shares parameters with stage {shared[0]}, and the last "
                                 "stage, which has the loss, steps at another time", "Give the loss parameters of its own.")

@@ -39,7 +39,7 @@ def exchange(codec: str) -> list[str]:
         sender = RemoteSender(1, group, cpu, CODECS[codec])
         for message in messages():
             sender.send(message)
-        sender.flush(20)
+        sender.wait_until_taken(20)
         assert sender.messages_sent == 12 and sender.bytes_sent > 12 * 1024
         return []
     receiver = RemoteReceiver(0, group, cpu, CODECS[codec], 20)
@@ -69,7 +69,7 @@ def out_of_order() -> str:
     if dist.get_rank() == 0:
         sender = RemoteSender(1, group, torch.device("cpu"), CODECS["none"])
         sender.send(Message(3, (torch.ones(2),)))
-        sender.flush(20)
+        sender.wait_until_taken(20)
         return ""
     receiver = RemoteReceiver(0, group, torch.device("cpu"), CODECS["none"], 20)
     receiver.expect([2])

@@ -384,8 +384,9 @@ class _Run:
             left = [item for item, count in rank.held.items() if count]
             if left:
                 what, where, m = min(left, key=lambda item: (item[0] != "forward", item[0] != "backward", item))
-                name = {"forward": "the activation" if where >= 0 else "a loaded micro-batch",
-                        "backward": "the gradient of the activation"}.get(what, Slot[what].value if what in Slot.__members__ else what)
+                names = {"forward": "the activation" if where >= 0 else "a loaded micro-batch",
+                         "backward": "the gradient of the activation"}
+                name = names[what] if what in names else Slot[what].value
                 raise PlanError(f"rank {r} ends with {name} of stage {max(0, where)} that nobody used: micro-batch {m}")
         for s, flight in enumerate(self.in_flight):
             if flight:

@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 
+from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.optim.client import ClientOptimizer
+from ds_decoupled.optim.groups import groups_with_heads
 from ds_decoupled.optim.stage_optimizer import StageOptimizer, StageOptimizers, restrict
 
-if TYPE_CHECKING:
-    from ds_decoupled.engine import DecoupledPipelineEngine
+Divisor = Callable[[int, int], float]
+"""What a stage's rate is divided by, from the stage and the number of updates that it has made."""
 
 
-def build_optimizers(engine: DecoupledPipelineEngine, optimizers: StageOptimizers, client: Any, parameters: list[Any]) -> None:
+class Trained(Protocol):
+    """What is asked of a stage here: its parameters that get gradients, and those of them that are its head's."""
+
+    @property
+    def trainable(self) -> list[nn.Parameter]: ...
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]: ...
+
+
+def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], optimizers: StageOptimizers, client: Any,
+                     parameters: list[Any], divisor: Divisor) -> None:
     """One optimizer for each stage.
 
     Args:
-        engine: whose stages have been built.
+        engine: builds them, from its settings.
+        stages: this rank's, by number.
         optimizers: gets them.
         client: the user's instance or callable; None for the JSON's.
         parameters: to train, or groups of them; an instance has its own.
+        divisor: of the stages' rates.
     """
-    from ds_decoupled.stages.heads import groups_with_heads
-
-    heads = {index: getattr(stage, "head_parameters", []) for index, stage in engine.stages.items()}
-    for index, head in heads.items():  # DeepSpeed's bf16 asks every parameter for its name
-        engine.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(head)})
+    for index, stage in stages.items():  # DeepSpeed's bf16 asks every parameter for its name
+        engine.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(stage.head_parameters)})
     if isinstance(client, Optimizer):
-        optimizers.client = ClientOptimizer(client, {s: (stage.trainable, heads[s]) for s, stage in engine.stages.items()})
-    for index, stage in engine.stages.items():
+        parts: dict[int, tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]]] = {
+            index: (stage.trainable, stage.head_parameters) for index, stage in stages.items()}
+        optimizers.client = ClientOptimizer(client, parts)
+    for index, stage in stages.items():
         optimizer = basic = None
         if optimizers.client is None:
-            own = groups_with_heads(restrict(parameters, stage.trainable), heads[index])
+            own = groups_with_heads(restrict(parameters, stage.trainable), stage.head_parameters)
             if own:
                 optimizer, basic = engine.build_optimizer(client, own)
         elif index in optimizers.client.basic:
             optimizer, basic = engine.build_optimizer(optimizers.client.basic[index], [])
             optimizers.client.built(index, basic)
-        optimizers.by_stage[index] = StageOptimizer(engine, stage.trainable, optimizer, basic,
-                                                    partial(engine.lr_divisor, index), optimizers)
+        optimizers.by_stage[index] = StageOptimizer(engine, stage.trainable, optimizer, basic, partial(divisor, index),
+                                                    optimizers)
 
 
-def without_optimizers(engine: DecoupledPipelineEngine, optimizers: StageOptimizers) -> None:
+def without_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], optimizers: StageOptimizers,
+                       divisor: Divisor) -> None:
     """The engine was given none, and evaluates alone."""
-    for index in engine.stages:
-        optimizers.by_stage[index] = StageOptimizer(engine, [], None, None, partial(engine.lr_divisor, index), optimizers)
+    for index in stages:
+        optimizers.by_stage[index] = StageOptimizer(engine, [], None, None, partial(divisor, index), optimizers)
     optimizers.missing = ('train_batch needs an optimizer: give one to initialize, or the configuration an "optimizer" block; '
                           "eval_batch works without")
 
 
-def build_schedulers(engine: DecoupledPipelineEngine, optimizers: StageOptimizers) -> None:
-    """One LR scheduler for each stage: its own block's, the user's, or the JSON's."""
-    given, blocks = engine.client_lr_scheduler, engine.decoupled.stage_schedulers
+def build_schedulers(engine: PipelineEngineBase, optimizers: StageOptimizers,
+                     blocks: Sequence[dict[str, Any] | None] | None) -> None:
+    """One LR scheduler for each stage: of its own entry in ``blocks``, the user's, or the JSON's."""
+    given = engine.client_lr_scheduler
     instance = given is not None and not callable(given)
     if instance:
         optimizers.set_lr_scheduler(given)

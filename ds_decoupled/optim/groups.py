@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Group = dict[str, Any]
 
@@ -76,3 +76,15 @@ class GroupsView(torch.optim.Optimizer):
         raise RuntimeError("each stage steps after its own k-th backward, inside train_batch()")
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter]) -> list[Any]:
+    """A stage's parameters (or groups) for its optimizer, with the head's: where there are groups, a head's biases and norms
+    do not decay."""
+    if not head:
+        return list(own)
+    if not any(isinstance(item, Mapping) for item in own) and own:
+        return [*own, *head]
+    flat = [p for p in head if p.ndim <= 1]
+    grown = [p for p in head if p.ndim > 1]
+    return [*own, *([{"params": grown}] if grown else []), *([{"params": flat, "weight_decay": 0.0}] if flat else [])]

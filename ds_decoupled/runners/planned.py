@@ -46,8 +46,8 @@ class PlannedRunner(Runner):
         return self.first + min(self.fed, self.tick - self.plan.ticks.drain)
 
     @property
-    def at_rest(self) -> bool:
-        return self.tick == 0
+    def next_micro_batch(self) -> int:
+        return self.first + self.fed
 
     def data_ended(self, end: DataEnd) -> None:
         if self.end is None:
@@ -69,7 +69,8 @@ class PlannedRunner(Runner):
     def _run_until(self, tick: int) -> None:
         """Work through this rank's list up to ``tick``."""
         ticks = range(self.tick, tick)
-        self.network.expect(self._sent_by(self.rank - 1, ticks, Slot.OUTPUT), self._sent_by(self.rank + 1, ticks, Slot.INPUT_GRADIENT))
+        self.network.expect(activations=self._sent_by(self.rank - 1, ticks, Slot.OUTPUT),
+                            gradients=self._sent_by(self.rank + 1, ticks, Slot.INPUT_GRADIENT))
         self.execute(DecoupledSchedule(self.plan, self.rank, ticks, self.fed, self.first))
         self.tick = tick
 
@@ -92,6 +93,9 @@ class PlannedRunner(Runner):
     def load_state_dict(self, state: tuple[int, int, int]) -> None:
         self.first, self.fed, self.tick = state
         self.end = None
+
+    def rests(self, state: tuple[int, int, int]) -> bool:
+        return state[2] == 0
 
     def sent_up(self) -> int:
         for tick in reversed(range(self.tick)):

@@ -92,9 +92,9 @@ class Runner(ABC):
         """Every micro-batch before this one is through every stage, on every rank that is where this one is."""
 
     @property
-    @abstractmethod
     def at_rest(self) -> bool:
         """Whether nothing has been done since the start of the run."""
+        return self.rests(self.state_dict())
 
     @abstractmethod
     def state_dict(self) -> Any:
@@ -103,6 +103,15 @@ class Runner(ABC):
     @abstractmethod
     def load_state_dict(self, state: Any) -> None:
         """The inverse of :meth:`state_dict`."""
+
+    @abstractmethod
+    def rests(self, state: Any) -> bool:
+        """Whether ``state``, as :meth:`state_dict` gives it, has nothing in flight."""
+
+    @property
+    @abstractmethod
+    def next_micro_batch(self) -> int:
+        """The next new one, over the whole training."""
 
     @abstractmethod
     def sent_up(self) -> int:

@@ -16,8 +16,8 @@ def compute(plan: Plan, rank: int, tick: int, micro_batches: int) -> Iterator[Ac
     """What ``rank`` computes in one tick of ``micro_batches``, in order."""
     stages, ticks = plan.placement.stages_of(rank), plan.ticks
     last = plan.placement.stages - 1
-    # Where forwards hop in no time a micro-batch passes all stages, so they go in stage order. Elsewhere the top one goes first:
-    # its output is what another rank waits for.
+    # Where forwards hop in no time a micro-batch passes all stages, so they go in stage order. Elsewhere the top one goes
+    # first: its output is what another rank waits for.
     for s in stages if ticks.hops[0] == 0 else reversed(stages):
         m = tick - ticks.forward(s, 0)
         if 0 <= m < micro_batches:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
 
 _HINT = 'Take "torch_autocast": {"enabled": true, "dtype": "bfloat16"} in the configuration'
@@ -38,7 +39,7 @@ class Autocast:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
 
-def autocast_of(engine: Any, graphs_outlive_updates: bool, compiled: bool) -> Autocast:
+def autocast_of(engine: PipelineEngineBase, graphs_outlive_updates: bool, compiled: bool) -> Autocast:
     """What the configuration says.
 
     Raises:
@@ -57,8 +58,8 @@ def autocast_of(engine: Any, graphs_outlive_updates: bool, compiled: bool) -> Au
     return Autocast(engine.device, dtype)
 
 
-def refuse_ambient(engine: Any, call: str) -> None:
+def refuse_ambient(device: torch.device, call: str) -> None:
     """Raises RuntimeError within a ``torch.autocast`` of the user's."""
-    if torch.is_autocast_enabled(engine.device.type):
+    if torch.is_autocast_enabled(device.type):
         raise RuntimeError(f"torch.autocast around {call}() is refused: a micro-batch's passes run in several calls, and this "
                            f"context holds for one. {_HINT}, which holds for all passes, and take the context away.")

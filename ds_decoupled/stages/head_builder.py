@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ds_decoupled.collectives import gather, together
 from ds_decoupled.compat import layer_specs

@@ -115,7 +115,8 @@ class Stage:
         for invertible, group in groupby(layers, is_invertible):
             functions = list(group)
             part = Layers(functions, first_layer + start, self.seeds, self.autocast)
-            segments.append((ReversibleSegment if invertible else RecomputeSegment)(part, self.weights, self.index > 0 or start > 0))
+            kind = ReversibleSegment if invertible else RecomputeSegment
+            segments.append(kind(part, self.weights, self.index > 0 or start > 0))
             start += len(functions)
         return segments
 

@@ -5,7 +5,7 @@
     queue of kind.takes --> stage.act(kind) --> Outcome --> queues of kind.gives
                                                    |--> complete: the optimizer accumulates
                                                    |--> steps:    the optimizer steps
-                                                   |--> loss:     reported, by the rank's topmost stage
+                                                   |--> loss:     told, by the rank's topmost stage
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Worker:
         stage: whose handlers say what it does in an action.
         optimizer: steps when an update is due.
         queues: by slot; a slot without a queue leads nowhere, and what is given there is dropped.
-        report: where losses go; None where another stage of the rank reports.
+        tell_loss: where losses go; None where another stage of the rank tells them.
         watchers: are told what the stage made of an action, before the optimizer hears of it.
         stop_after: updates after which the stage learns no more; None for never.
     """
 
     def __init__(self, stage: Stage, optimizer: StageOptimizer, queues: Mapping[Slot, LocalLink],
-                 report: Callable[[Tensor], None] | None, watchers: Sequence[Watcher], stop_after: int | None) -> None:
+                 tell_loss: Callable[[Tensor], None] | None, watchers: Sequence[Watcher], stop_after: int | None) -> None:
         self.stage, self.optimizer, self.queues = stage, optimizer, queues
-        self.report, self.watchers, self.stop_after = report, watchers, stop_after
+        self.tell_loss, self.watchers, self.stop_after = tell_loss, watchers, stop_after
         self._stop_if_due()
 
     def act(self, kind: Kind, micro_batch: int) -> Outcome:
         """One action. For an update ``micro_batch`` is the update's number."""
         taken: tuple[Any, ...] = ()
-        if kind.takes in self.queues:
+        if kind.takes is not None and kind.takes in self.queues:
             queue = self.queues[kind.takes]
             taken = queue.recv(micro_batch, f"stage {self.stage.index}, {kind.words}: {kind.takes.value}").parts
         outcome = self.stage.act(kind, micro_batch, *taken)
@@ -53,8 +53,8 @@ class Worker:
                 self.queues[slot].send(Message(micro_batch, parts))
         for watcher in self.watchers:
             watcher.acted(Action(self.stage.index, kind, micro_batch), outcome)
-        if outcome.loss is not None and self.report is not None:
-            self.report(outcome.loss)
+        if outcome.loss is not None and self.tell_loss is not None:
+            self.tell_loss(outcome.loss)
         if outcome.complete:
             self.optimizer.accumulate()
         if outcome.steps:

@@ -57,7 +57,7 @@ class GradientTracker(Watcher):
                 p.grad = None
 
     def acted(self, action: Action, outcome: Outcome) -> None:
-        """Keep the raw batch; where all gradients of the micro-batch are in ``.grad``, note them, and add what was set aside."""
+        """Keep the raw batch; once all gradients of the micro-batch are in ``.grad``, note them and add what was set aside."""
         if action.kind.per_update or action.micro_batch % self.every:
             return
         if action.kind is Kind.LOAD:
