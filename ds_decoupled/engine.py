@@ -1,4 +1,4 @@
-"""DeepSpeed's face of a decoupled pipeline: construction, ``train_batch``, ``eval_batch``, ``drain``, ``save``, ``load``.
+"""DeepSpeed's face of a decoupled pipeline: ``train_batch``, ``eval_batch``, ``drain``, ``save``, ``load``.
 
 A micro-batch's way, and the room that knows each step (docs/architecture.md has the whole drawing)::
 
@@ -12,7 +12,6 @@ A micro-batch's way, and the room that knows each step (docs/architecture.md has
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,40 +24,16 @@ from torch import Tensor
 
 from ds_decoupled import compat
 from ds_decoupled.checkpoint import Parts, load_checkpoint, save_checkpoint
-from ds_decoupled.collectives import error_of_group, gather, together
-from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.collectives import error_of_group, gather
+from ds_decoupled.construction import ConstructedEngine
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.evaluation import evaluate
-from ds_decoupled.feed import Feed, MicroBatch
-from ds_decoupled.instructions import instruction_map
-from ds_decoupled.links import CODECS
-from ds_decoupled.losses import Losses
-from ds_decoupled.network import Network
-from ds_decoupled.optim import (
-    StageOptimizer,
-    StageOptimizers,
-    build_optimizers,
-    build_schedulers,
-    lr_divisor,
-    without_optimizers,
-)
-from ds_decoupled.passes import Passes
-from ds_decoupled.runners import RUNNERS
-from ds_decoupled.schedules import Placement, Plan
-from ds_decoupled.settings.placed import check_local
-from ds_decoupled.stages import Stage, check_reconstruct
-from ds_decoupled.stages.autocast import autocast_of, refuse_ambient
-from ds_decoupled.stages.building import build_stages, seeds_of
-from ds_decoupled.stages.compiled import outlives_updates
-from ds_decoupled.stages.head_builder import build_heads
-from ds_decoupled.stages.worker import Worker
-from ds_decoupled.start_checks import check_experts, check_loss, check_sparse, check_zero
-from ds_decoupled.step_log import StepLog
+from ds_decoupled.stages.autocast import refuse_ambient
 from ds_decoupled.summary import summarize
-from ds_decoupled.watchers import Breakdown, GradientTracker, Watcher
+from ds_decoupled.watchers import Watcher
 
 
-class DecoupledPipelineEngine(compat.PipelineEngineBase):
+class DecoupledPipelineEngine(ConstructedEngine):
     """A pipeline engine whose stages are decoupled as the JSON's ``decoupled`` block says.
 
     Made by :func:`ds_decoupled.initialize`. ``train_batch``, ``eval_batch``, ``save_checkpoint`` and ``load_checkpoint`` are
@@ -71,111 +46,6 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         runner: where this rank is in it.
         watchers: who looks on; see :meth:`watch`.
     """
-
-    def __init__(self, *args: Any, decoupled: DecoupledConfig, placement: Placement, **kwargs: Any) -> None:
-        self.decoupled, self.axes, self.placement = decoupled, decoupled.axes(), placement
-        check_local(decoupled, placement)
-        compat.check_runs_by_layers(kwargs["model"])
-        self.stages: dict[int, Stage] = {}
-        self.stage_optimizers: dict[int, StageOptimizer] = {}
-        self._optimizers = StageOptimizers(self.stage_optimizers, shared=(self, kwargs.get("model")))
-        check_experts(kwargs["model"])
-        check_zero(kwargs["config_class"], kwargs.get("optimizer"))
-        super().__init__(*args, **kwargs)
-        if not self.stages:  # DeepSpeed configures an optimizer only where it is given one
-            self._make_stages()
-            without_optimizers(self, self.stages, self._optimizers, self.lr_divisor)
-        self.optimizer = self.basic_optimizer = self._optimizers
-        self._optimizers.find_out()
-        self.feed = Feed(self.device, needs_labels=self.module.loss_fn is not None)
-        self.losses = Losses(self.device, self._replicas, lambda: self.module.get_additional_losses())
-        self._make_workers()
-        self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
-
-    # -- how it is made ---------------------------------------------------------------------------------------------------
-
-    def _make_stages(self) -> None:
-        """Stages, the plan, the links and the heads, in this order: a head is built from what its stage gives. A collective
-        call."""
-        module, grid, axes, block = self.module, self.mpu, self.axes, self.decoupled
-        rank = grid.get_pipe_parallel_rank()
-        self.seeds = seeds_of(module, grid, self.device)
-        compiles = block.compile_settings() is not None
-        autocast = partial(autocast_of, self, outlives_updates(axes), compiles)
-        self.stages.update(together(lambda: build_stages(module, rank, self.placement, block, self.seeds, autocast)))
-        check_loss(module.loss_fn, self.stages)
-        told = {s: facts for part in gather({s: (stage.wants_output, stage.reversible, stage.layer_names)
-                                             for s, stage in self.stages.items()}) for s, facts in part.items()}
-        check_reconstruct(any(reversible for _, reversible, _ in told.values()), axes, [names for *_, names in told.values()])
-        self.plan = Plan.make(self.placement, hops=axes.hops, k=self.gradient_accumulation_steps(), recover=axes.recover,
-                              flush=axes.flush, split_backward=block.split_backward, window=axes.window,
-                              wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
-                              farthest=block.losses == "farthest", family=axes.gradient)
-        # Where nothing comes back from the next rank, nothing else keeps this one from running ahead of it.
-        queue = block.queue + axes.hops[0] if axes.window == 1 else None
-        self.network = Network(grid, self.placement, rank, self.device, CODECS[block.codec], block.timeout,
-                               track=block.track_gradients > 0, queue=queue)
-        self.passes = Passes(self.network, self.stages)
-        dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
-        self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,
-                                      micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
-
-    def _make_workers(self) -> None:
-        """What acts, and who decides when."""
-        block, top = self.decoupled, max(self.stages)
-        breakdown = Breakdown(self.global_rank, self.stage_id) if self.wall_clock_breakdown() else None
-        tracker = GradientTracker(self.passes, block.track_gradients) if block.track_gradients else None
-        self.watchers: list[Watcher] = [watcher for watcher in (breakdown, tracker) if watcher is not None]
-        self.workers = {s: Worker(stage, self.stage_optimizers[s], self.network.queues(s),
-                                  self.losses.add if s == top else None, self.watchers,
-                                  None if block.stop_after is None else block.stop_after[s])
-                        for s, stage in self.stages.items()}
-        self.runner = RUNNERS[self.axes.pace](
-            self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
-            execute=self.run_schedule, fetch=self._fetch if self.is_first_stage() else None)
-        self.instruction_map = instruction_map(self.runner.act)
-        self._set_k()
-        self.step_log = StepLog(self, breakdown)
-
-    def _set_k(self) -> None:
-        """What depends on the micro-batches of an update."""
-        for index, stage in self.stages.items():
-            stage.scale = 1 / self.plan.k
-            stage.returns_input = index - 1 in self.plan.wants_output
-            stage.weights.lead = self.plan.ticks.delay(index) / self.plan.k
-
-    def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
-        """One optimizer per stage, of the client's kind or the JSON's."""
-        self._make_stages()
-        together(lambda: build_optimizers(self, self.stages, self._optimizers, client_optimizer, list(model_parameters),
-                                          self.lr_divisor))
-        check_sparse(self, self.stages, self.stage_optimizers)
-
-    def configure_lr_schedulers(self) -> None:
-        """One LR scheduler per stage, which counts that stage's updates."""
-        together(lambda: build_schedulers(self, self._optimizers, self.decoupled.stage_schedulers))
-
-    def lr_divisor(self, stage: int, updates: int) -> float:
-        """What a stage's rate is divided by; its delay in updates changes with k."""
-        factor = 1.0 if self.decoupled.stage_lr is None else self.decoupled.stage_lr[stage]
-        if factor == 0:
-            return math.inf  # a rate of 0, whatever the scheduler says
-        return lr_divisor(self.plan.ticks.delay(stage) / self.plan.k, updates, self.decoupled.lr_by_delay) / factor
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """The scheduler that was given, brought to where this rank's topmost stage is; or that stage's own. One that is
-        assigned drives every stage by its own updates, None lets the rates stay (on this rank: assign it on all)."""
-        return self._optimizers.lr_scheduler
-
-    @lr_scheduler.setter
-    def lr_scheduler(self, scheduler: Any) -> None:
-        self._optimizers.set_lr_scheduler(scheduler)
-
-    @property
-    def _replicas(self) -> Any:
-        """The group of data-parallel replicas; None for one."""
-        return self.mpu.get_data_parallel_group() if self.is_data_parallel else None
 
     def watch(self, watcher: Watcher) -> None:
         """From now on ``watcher`` is told of every action of this rank; where it makes collective calls, of all ranks."""
@@ -272,17 +142,6 @@ class DecoupledPipelineEngine(compat.PipelineEngineBase):
         except BaseException:  # Ctrl-C reaches every rank
             self.network.failed = True
             raise
-
-    def _fetch(self, count: int) -> list[MicroBatch] | Exception:
-        """The next micro-batches; or why there are none, on all replicas."""
-        fetched: list[MicroBatch] = []
-        error: Exception | None = None
-        try:
-            for _ in range(count):
-                fetched.append(self.feed.next(self.data_iterator, self.batch_fn, "train_batch"))
-        except Exception as failure:
-            error = failure
-        return error_of_group(error, self._replicas, self.device) or fetched
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch size by changing k; only with nothing in flight, see :meth:`drain`.

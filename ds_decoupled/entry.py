@@ -16,6 +16,7 @@ from ds_decoupled.collectives import agreed
 from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, read_json
 from ds_decoupled.engine import DecoupledPipelineEngine
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.flushed import as_flushed
 from ds_decoupled.module import placement_of
 from ds_decoupled.optim import client_from_json
 from ds_decoupled.settings.built import WITHOUT_RATE, check_scheduler
@@ -33,7 +34,8 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
 
     Without a ``decoupled`` block in the configuration it is exactly that. With one, ``model`` must be a
     :class:`~ds_decoupled.DecoupledPipelineModule` or a plain ``PipelineModule``, and the engine is a
-    :class:`~ds_decoupled.DecoupledPipelineEngine`; but ``"method": "backprop"`` is 1F1B and is left to DeepSpeed's own engine.
+    :class:`~ds_decoupled.DecoupledPipelineEngine`; but ``"method": "backprop"`` is 1F1B and is left to DeepSpeed's own engine
+    (:class:`~ds_decoupled.flushed.FlushedPipelineEngine`). Either answers ``drain``, ``decoupled_summary``, ``stage_metrics``.
     The optimizer's ``type`` may then also be an import path (:mod:`ds_decoupled.optim.by_name`), and DeepSpeed's own settings
     are checked before it sees them (:mod:`ds_decoupled.settings`).
 
@@ -61,7 +63,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
             compat.clip_over_all_stages(model)
             with compat.engine_class(compat.GuardedPipelineEngine):
                 engine, *rest = deepspeed.initialize(**given)
-            return compat.as_deepspeeds_own(engine), *rest
+            return as_flushed(engine), *rest
         placement = placement_of(model, block.stages, weights)
         compat.norms_within_stages(model)
         with compat.engine_class(partial(DecoupledPipelineEngine, decoupled=block, placement=placement)):

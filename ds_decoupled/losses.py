@@ -26,24 +26,24 @@ class Losses:
     def __init__(self, device: torch.device, group: Any, names: Callable[[], Iterable[str] | None]) -> None:
         self.device, self.group, self.names = device, group, names
         self.additional: OrderedDict[str, Tensor] | None = None
-        self._values: list[Tensor] = []
+        self._told: list[Tensor] = []
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return bool(self._told)
 
     def add(self, loss: Tensor) -> None:
         """A micro-batch's loss; or a vector of it and the additional ones."""
-        self._values.append(loss)
+        self._told.append(loss)
 
     def clear(self) -> None:
         """A new call begins."""
-        self._values.clear()
+        self._told.clear()
 
     def mean(self) -> Tensor:
         """Over micro-batches and replicas; NaN where there were none. A collective call of replicas."""
-        if not self._values:
+        if not self._told:
             return torch.full((), float("nan"), device=self.device)
-        losses = torch.stack([value.float().reshape(-1) for value in self._values]).mean(0)
+        losses = torch.stack([value.float().reshape(-1) for value in self._told]).mean(0)
         if self.group is not None:
             dist.all_reduce(losses, group=self.group)
             losses /= dist.get_world_size(self.group)

@@ -53,6 +53,8 @@ def summarize_flushed(layers: Sequence[int], updates: int) -> dict[str, Any]:
         updates: made so far.
     """
     ranks = len(layers) - 1
+    unknown = 0 if ranks == 1 else None  # DeepSpeed does not count what its ranks send
     return {"method": "backprop", "stages": ranks, "hops": [0, 1], "delays": [0] * ranks,
-            "peak_records_in_flight": [None] * ranks, "updates": [updates] * ranks, "held": [None] * ranks, "bytes_sent": None,
-            "messages_sent": None, **_layout(Placement(tuple(layers), tuple(range(ranks + 1)))), "gradient_tracker": []}
+            "peak_records_in_flight": [None] * ranks, "updates": [updates] * ranks, "held": [None] * ranks,
+            "bytes_sent": unknown, "messages_sent": unknown,
+            **_layout(Placement(tuple(layers), tuple(range(ranks + 1)))), "gradient_tracker": []}

@@ -16,11 +16,11 @@ def learn(case: dict[str, Any]) -> dict[str, Any]:
     for layer in engine.module.forward_funcs:
         layer.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
     data = data_of(case, engine)
-    if data is None and not hasattr(engine, "drain") and engine.is_last_stage():
+    if data is None and not hasattr(engine, "stages") and engine.is_last_stage():
         data = iter(batches(case["batches"]))
     losses = [engine.train_batch(data).item() for _ in range(case["batches"] // case.get("k", 1))]
     kept: list[torch.dtype] = []
-    if hasattr(engine, "drain"):
+    if hasattr(engine, "stages"):
         kept = [t.dtype for stage in engine.stages.values() for t in stage.kept() if t.ndim == 2 and t.shape[0] == t.shape[1]]
         engine.drain()
     engine.eval_batch(iter(batches(1)), num_micro_batches=1)

@@ -30,7 +30,7 @@ def train(case: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     batches = token_batches(case["batches"], case.get("size", 4))
     if case.get("mask"):
         batches = [((ids, torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)), labels) for ids, labels in batches]
-    ours = hasattr(engine, "drain")
+    ours = hasattr(engine, "stages")
     data = iter(batches) if engine.is_first_stage() or engine.is_last_stage() and not ours else None
     losses = [engine.train_batch(data).item() for _ in range(case["batches"] // case.get("k", 1))]
     if ours:

@@ -44,7 +44,7 @@ def make(case: dict[str, Any], shared: bool = False) -> Any:
 def loss_state(engine: Any) -> dict[str, Tensor]:
     """The loss's parameters where the last stage is, and those of the stages' own copies."""
     state = {}
-    if getattr(engine, "holds_loss", True):
+    if engine.is_last_stage():
         state = {f"last.{name}": value.detach().clone() for name, value in engine.module.loss_fn.named_parameters()}
     for index, stage in getattr(engine, "stages", {}).items():
         if getattr(stage, "own_loss", None) is not None:
@@ -61,14 +61,13 @@ def learn(case: dict[str, Any], folder: str = "") -> dict[str, Any]:
         if folder and call == case.get("stop"):
             engine.save_checkpoint(folder)
         engine.train_batch(data)
-    if hasattr(engine, "drain"):
-        engine.drain()
+    engine.drain()
     state = {**state_of(engine), **loss_state(engine)}
     held = engine.module.loss_fn
     trained, evaluated = int(held.calls[1]), int(held.calls[0])
     engine.eval_batch(iter(batches(1)), num_micro_batches=1)
     modes = int(held.calls[1]) - trained, int(held.calls[0]) - evaluated
-    return {"start": start, "state": state, "modes": modes, "last": getattr(engine, "holds_loss", True), "replica": 0}
+    return {"start": start, "state": state, "modes": modes, "last": engine.is_last_stage(), "replica": 0}
 
 
 def learn_many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

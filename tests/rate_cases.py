@@ -144,8 +144,7 @@ def rates(case: dict[str, Any]) -> dict[str, Any]:
     top = max(used)
     shown = None if held is None else (held.get_last_lr() if hasattr(held, "get_last_lr") else None)
     face = None if optimizer is None or callable(optimizer) else [g["lr"] for g in optimizer.param_groups]
-    if hasattr(engine, "drain"):
-        engine.drain()
+    engine.drain()
     return {"used": used, "calls": calls, "shown": shown, "face": face, "top": len(calls[-1][top]) and top,
             "state": state_of(engine), "replica": 0, "lr": engine.get_lr()}
 

@@ -61,8 +61,7 @@ def additional(case: dict[str, Any]) -> dict[str, Any]:
         loss = engine.train_batch(data).item()
         extra = engine.get_additional_losses()
         seen.append((loss, {name: value.item() for name, value in (extra or {}).items()}))
-    if hasattr(engine, "drain"):
-        engine.drain()
+    engine.drain()
     return {"seen": seen}
 
 

@@ -9,12 +9,25 @@ import worlds
 
 
 def test_without_a_block_it_is_deepspeed() -> None:
-    """Same engine class, same losses as the ``backprop`` preset, which is left to DeepSpeed as well."""
+    """DeepSpeed's engine class, and the same losses as the ``backprop`` preset, which is left to it as well."""
     case = {"method": "backprop", "batches": 8, "k": 2, "net": "plain"}
     plain = worlds.run(2, engine_cases.plain_pipeline, {**case, "no_block": True})
     preset = worlds.run(2, engine_cases.plain_pipeline, case)
-    assert {r["engine"] for r in plain + preset} == {"PipelineEngine"}
+    assert {r["engine"] for r in plain} == {"PipelineEngine"} and {r["engine"] for r in preset} == {"FlushedPipelineEngine"}
     assert plain[0]["losses"] == preset[0]["losses"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_engine_from_a_block_answers(ranks: int) -> None:
+    """Draining, the summary's entries and the stages' metrics, whoever runs the method."""
+    flushed, ours = (worlds.run(ranks, engine_cases.train, {"net": "plain", "stages": "ranks", "batches": 4, "method": method})[0]
+                     for method in ("backprop", "delayed"))
+    assert flushed["summary"].keys() == ours["summary"].keys() and flushed["metrics"] == ours["metrics"] == []
+    for name, value in ours["summary"].items():
+        told = flushed["summary"][name]
+        assert told is None or type(told) is type(value) and (not isinstance(value, list) or len(told) == len(value)), name
+    for name in ("stages", "updates", "rank_stages"):
+        assert flushed["summary"][name] == ours["summary"][name]
 
 
 @pytest.mark.parametrize("method", ["pipedream", "delayed", "dsp"])

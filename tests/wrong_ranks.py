@@ -85,7 +85,7 @@ def attempt(case: Wrong, folder: str) -> None:
     engine, *_ = ds_decoupled.initialize(model=model, config=config, **call.get("initialize", {}))
     k = engine.gradient_accumulation_steps()
     engine.train_batch(iter(batches(k, 4)) if engine.is_first_stage() else None)
-    getattr(engine, "drain", lambda: None)()
+    engine.drain()
 
 
 def serve(pipes: list[Any]) -> None:

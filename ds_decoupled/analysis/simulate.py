@@ -279,7 +279,7 @@ class _Run:
             cost = max(0.0, cost - self.costs.of(s, Kind.WEIGHTS))
         rank.clock += cost
         rank.busy += cost
-        if kind.per_update:
+        if kind is Kind.UPDATE:
             if m != self.updates[s]:
                 self._broken(r, f"the stage's next update is number {self.updates[s]}")
             if any(count and what == _PUT_OFF and stage == s for (what, stage, _), count in rank.held.items()):

@@ -6,22 +6,20 @@ A new family is a file beside :mod:`ds_decoupled.schedules.global_gradient`, and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ds_decoupled.schedules import global_gradient, local_losses
 from ds_decoupled.schedules.actions import Action
-
-if TYPE_CHECKING:
-    from ds_decoupled.schedules.plan import Plan
+from ds_decoupled.schedules.outline import Outline
 
 
 class Family(Protocol):
     """What a family's file defines."""
 
-    def compute(self, plan: Plan, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
+    def compute(self, plan: Outline, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
         """What ``rank`` computes in one tick of ``micro_batches``, in order."""
 
-    def sends_gradient(self, plan: Plan, action: Action) -> bool:
+    def sends_gradient(self, plan: Outline, action: Action) -> bool:
         """Whether an action that can give the stage below a gradient does."""
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ds_decoupled.schedules.actions import Action
 from ds_decoupled.schedules.kinds import BACKWARD_OF_RECOVER, Kind
-
-if TYPE_CHECKING:
-    from ds_decoupled.schedules.plan import Plan
+from ds_decoupled.schedules.outline import Outline
 
 
-def compute(plan: Plan, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
+def compute(plan: Outline, rank: int, tick: int, micro_batches: int) -> Iterator[Action]:
     """What ``rank`` computes in one tick of ``micro_batches``, in order."""
     stages, ticks = plan.placement.stages_of(rank), plan.ticks
     last = plan.placement.stages - 1
@@ -35,6 +32,6 @@ def compute(plan: Plan, rank: int, tick: int, micro_batches: int) -> Iterator[Ac
             yield from plan.update_if_due(s, m)
 
 
-def sends_gradient(plan: Plan, action: Action) -> bool:
+def sends_gradient(plan: Outline, action: Action) -> bool:
     """Whatever goes back through a stage goes on to the stage below."""
     return True

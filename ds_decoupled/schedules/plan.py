@@ -7,39 +7,20 @@ action needs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from ds_decoupled.schedules.actions import Action
 from ds_decoupled.schedules.communication import add_communication
 from ds_decoupled.schedules.families import FAMILIES
-from ds_decoupled.schedules.kinds import Kind
+from ds_decoupled.schedules.outline import Outline
 from ds_decoupled.schedules.partition import Placement
 from ds_decoupled.schedules.ticks import Ticks
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who does what, when.
-
-    Attributes:
-        placement: stages and their ranks.
-        ticks: when each stage meets each micro-batch.
-        k: micro-batches per update (``gradient_accumulation_steps``).
-        recover: the ``recover`` axis, which names the backward actions.
-        wants_output: stages that need their output back with its gradient; by default, with ``reconstruct``, all but
-            the last.
-        split_backward: the gradient goes to another rank before the weights' own gradients are computed.
-        family: of :data:`~ds_decoupled.schedules.families.FAMILIES`, the value of the ``gradient`` axis.
-    """
-
-    placement: Placement
-    ticks: Ticks
-    k: int = 1
-    recover: str = "graph"
-    wants_output: frozenset[int] = field(default=frozenset())
-    split_backward: bool = False
-    family: str = "global"
+class Plan(Outline):
+    """Who does what, when; its numbers are those of :class:`~ds_decoupled.schedules.outline.Outline`."""
 
     @staticmethod
     def make(placement: Placement, *, hops: tuple[int, int], k: int, recover: str, flush: bool,
@@ -65,11 +46,6 @@ class Plan:
         family = FAMILIES[self.family]
         return list(add_communication(family.compute(self, rank, tick, micro_batches), self.placement.rank_of_stage,
                                       self.wants_output, self.split_backward, partial(family.sends_gradient, self)))
-
-    def update_if_due(self, stage: int, micro_batch: int) -> Iterator[Action]:
-        """The stage's update, if the one of ``micro_batch`` is the k-th gradient since its last."""
-        if (micro_batch + 1) % self.k == 0:
-            yield Action(stage, Kind.UPDATE, (micro_batch + 1) // self.k - 1)
 
     def run(self, rank: int, micro_batches: int) -> Iterator[list[Action]]:
         """A whole run: fill, steady state and drain, one list a tick."""

@@ -59,7 +59,9 @@ def axis(name: str, *values: Any) -> Need:
 
 DECOUPLED = Need("plain", lambda plain: not plain, 'any method but "backprop"',
                  unmet='"update": "flush" and "recover": "graph" the engine is DeepSpeed\'s own, as with "method": "backprop":')
-LOCAL, GLOBAL = axis("gradient", "local"), axis("gradient", "global")
+LOCAL = axis("gradient", "local")
+#: What stages with losses of their own cannot have, all others can.
+GLOBAL = Need("gradient", lambda gradient: gradient != "local", '"gradient": "global"')
 DELAYED = axis("update", "delayed")
 ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
