@@ -12,6 +12,10 @@ from torch import nn
 
 import ds_decoupled
 from ds_decoupled.models import next_token_loss
+from ds_decoupled.schedules import Action, Kind
+from ds_decoupled.stages import Outcome
+from ds_decoupled.tensors import as_tuple
+from ds_decoupled.watchers import Watcher
 
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +98,7 @@ def votes(case: dict[str, Any]) -> dict[str, Any]:
     engine.drain()
     outputs: dict[int, Any] = {}
     for index, stage in engine.stages.items():
-        def seen(m: int, x: Any, index: int = index, forward: Any = stage.plain_forward) -> Any:
-            outputs[index] = forward(m, x)
-            return outputs[index]
-        stage.plain_forward = seen
+        stage.layers[-1].register_forward_hook(lambda layer, given, made, index=index: outputs.__setitem__(index, made))
     _, logits = engine.eval_batch(data_of(case, engine), return_logits=True, num_micro_batches=1)
     return {"logits": logits, "outputs": outputs, "heads": heads_of(engine), "replica": 0}
 
@@ -121,37 +122,41 @@ def stages_from(initial: dict[str, torch.Tensor], case: dict[str, Any], bounds: 
     return [nn.Sequential(*(layers[i] for i in stage)) for stage in bounds]
 
 
+class AtRest(Watcher):
+    """Notes every micro-batch's gradients, and how far a rebuilt input is from the one that was given.
+
+    Attributes:
+        grads: by update and ``stage.parameter``, as the optimizer found them.
+        errors: ``(stage, relative error)``.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.grads: dict[tuple[int, str], torch.Tensor] = {}
+        self.errors: list[tuple[int, float]] = []
+        self._inputs: dict[tuple[int, int], Any] = {}
+
+    def before(self, action: Action) -> None:
+        if action.kind is Kind.UPDATE:
+            for i, p in enumerate(self.engine.stages[action.stage].trainable):
+                update = self.engine.stage_optimizers[action.stage].updates  # the action's number begins anew after a flush
+                self.grads[update, f"{action.stage}.{i}"] = p.grad.clone()
+
+    def acted(self, action: Action, outcome: Outcome) -> None:
+        key = action.micro_batch, action.stage
+        if action.kind is Kind.FORWARD:
+            self._inputs[key] = outcome.inputs
+        elif action.kind.is_backward:
+            for rebuilt, given in zip(as_tuple(outcome.inputs), as_tuple(self._inputs.pop(key))):
+                self.errors.append((action.stage, ((rebuilt - given).float().norm() / given.float().norm()).item()))
+
+
 def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
     """Learning rate 0: every micro-batch's gradients, with what the method keeps and what it rebuilds."""
     engine = build({**case, "lr": 0.0, "k": 1})
-    grads: dict[tuple[int, str], torch.Tensor] = {}
-    errors: list[tuple[int, float]] = []  # by stage: how far a rebuilt input is off, relatively
+    seen = AtRest(engine)
+    engine.watch(seen)
     kept: dict[int, int] = {}
-    inputs: dict[tuple[int, int], Any] = {}
-    for index, stage in engine.stages.items():
-        forward, backward = stage.forward, stage.backward
-
-        def forward_seen(m: int, x: Any, index: int = index, forward: Any = forward) -> Any:
-            inputs[m, index] = x
-            return forward(m, x)
-
-        def backward_seen(m: int, y: Any, dy: Any, index: int = index, backward: Any = backward) -> Any:
-            x, dx = backward(m, y, dy)
-            wanted = inputs.pop((m, index))
-            for a, b in zip(x if isinstance(x, tuple) else (x,), wanted if isinstance(wanted, tuple) else (wanted,)):
-                errors.append((index, ((a - b).float().norm() / b.float().norm()).item()))
-            return x, dx
-
-        stage.forward, stage.backward = forward_seen, backward_seen
-        step = engine.stage_optimizers[index].step
-
-        def step_seen(index: int = index, step: Any = step) -> None:
-            m = engine.stage_optimizers[index].updates
-            for i, p in enumerate(engine.stages[index].trainable):
-                grads[m, f"{index}.{i}"] = p.grad.clone()
-            step()
-
-        engine.stage_optimizers[index].step = step_seen
     data = data_of(case, engine)
     for _ in range(case["batches"]):
         engine.train_batch(data)
@@ -159,7 +164,7 @@ def gradients_at_rest(case: dict[str, Any]) -> dict[str, Any]:
             kept[index] = max(kept.get(index, 0), len(list(stage.kept())))
     in_flight = {index: len(stage.in_flight) for index, stage in engine.stages.items()}
     engine.drain()
-    return {"grads": grads, "errors": errors, "kept": kept, "in_flight": in_flight, "initial": state_of(engine),
+    return {"grads": seen.grads, "errors": seen.errors, "kept": kept, "in_flight": in_flight, "initial": state_of(engine),
             "summary": engine.decoupled_summary(), "replica": 0}
 
 

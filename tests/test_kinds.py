@@ -9,7 +9,8 @@ import pytest
 
 from ds_decoupled import instructions
 from ds_decoupled.analysis.pictures import timeline
-from ds_decoupled.analysis.simulate import Costs, Event, Simulation, simulate
+from ds_decoupled.analysis.simulate import simulate
+from ds_decoupled.analysis.simulation import Costs, Event, Simulation
 from ds_decoupled.analysis.staircase import legend, staircase
 from ds_decoupled.config import PRESETS
 from ds_decoupled.schedules import KINDS, Action, Kind, Placement, Plan

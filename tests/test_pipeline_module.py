@@ -20,8 +20,8 @@ def test_without_a_block_it_is_deepspeed() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_engine_from_a_block_answers(ranks: int) -> None:
     """Draining, the summary's entries and the stages' metrics, whoever runs the method."""
-    flushed, ours = (worlds.run(ranks, engine_cases.train, {"net": "plain", "stages": "ranks", "batches": 4, "method": method})[0]
-                     for method in ("backprop", "delayed"))
+    case = {"net": "plain", "stages": "ranks", "batches": 4}
+    flushed, ours = (worlds.run(ranks, engine_cases.train, {**case, "method": method})[0] for method in ("backprop", "delayed"))
     assert flushed["summary"].keys() == ours["summary"].keys() and flushed["metrics"] == ours["metrics"] == []
     for name, value in ours["summary"].items():
         told = flushed["summary"][name]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_decoupled.config import PRESETS
-from ds_decoupled.schedules import KINDS, Action, Kind, Placement, Plan, add_communication, format_actions, parse_actions
+from ds_decoupled.schedules import Action, Kind, Placement, Plan, add_communication, format_actions, parse_actions
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES, RANKS = 4, 2

@@ -79,7 +79,8 @@ class Counter(Watcher):
         return self.counts
 
     def merge(self, reports: list[dict[str, int]]) -> dict[str, Any]:
-        return {"counts": {letter: sum(r.get(letter, 0) for r in reports) for letter in sorted({k for r in reports for k in r})}}
+        letters = sorted({letter for counts in reports for letter in counts})
+        return {"counts": {letter: sum(counts.get(letter, 0) for counts in reports) for letter in letters}}
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:

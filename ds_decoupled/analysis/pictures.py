@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_decoupled.analysis.simulate import Simulation
+from ds_decoupled.analysis.simulation import Simulation
 from ds_decoupled.schedules.kinds import KINDS
 
 

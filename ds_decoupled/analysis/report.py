@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from ds_decoupled.analysis.pictures import timeline
-from ds_decoupled.analysis.simulate import Costs, Simulation, simulate
+from ds_decoupled.analysis.simulate import simulate
+from ds_decoupled.analysis.simulation import Costs, Simulation
 from ds_decoupled.analysis.staircase import legend, staircase
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError

@@ -43,7 +43,7 @@ class PlannedRunner(Runner):
 
     @property
     def through(self) -> int:
-        return self.first + min(self.fed, self.tick - self.plan.ticks.drain)
+        return self.first + max(0, min(self.fed, self.tick - self.plan.ticks.drain))
 
     @property
     def next_micro_batch(self) -> int:

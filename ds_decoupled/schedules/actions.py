@@ -14,7 +14,7 @@ from ds_decoupled.schedules.kinds import Kind, kind_of
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing that one stage does. For an update ``micro_batch`` is the update's number, from 0."""
+    """One thing that one stage does. For an update ``micro_batch`` is the update's number in this run, from 0."""
 
     stage: int
     kind: Kind
