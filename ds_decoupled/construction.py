@@ -109,6 +109,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self.runner = RUNNERS[self.axes.pace](
             self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
             execute=self.run_schedule, fetch=self._fetch if self.is_first_stage() else None)
+        for index, stage in self.stages.items():
+            stage.returns_input = index - 1 in self.plan.wants_output
         self.instruction_map = instruction_map(self.runner.act)
         self._set_k()
         self.step_log = StepLog(self, breakdown)
@@ -117,7 +119,6 @@ class ConstructedEngine(compat.PipelineEngineBase):
         """What depends on the micro-batches of an update."""
         for index, stage in self.stages.items():
             stage.scale = 1 / self.plan.k
-            stage.returns_input = index - 1 in self.plan.wants_output
             stage.weights.lead = self.plan.ticks.delay(index) / self.plan.k
 
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:

@@ -1,4 +1,4 @@
-"""The way in: ``deepspeed.initialize``, with the ``decoupled`` block of the configuration heeded."""
+"""The way in: ``deepspeed.initialize``, which also reads the ``decoupled`` block of the configuration."""
 
 from __future__ import annotations
 

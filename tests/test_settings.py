@@ -1,4 +1,4 @@
-"""DeepSpeed's own settings: read in every form, refused with a sentence on every rank, and what the decoupled engine heeds."""
+"""DeepSpeed's own settings: read in every form, refused with a sentence on every rank, and what the decoupled engine uses."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _check(config: dict[str, Any]) -> None:
 
 #: What needs no ranks, nor a model, to be found.
 PARSED = [case for group in ("batch sizes", "the top", "DeepSpeed's blocks", "optimizer", "scheduler",
-                             "not heeded by a decoupled engine")
+                             "not used by a decoupled engine")
           for case in wrong_cases.GROUPS[group]
           if not case.call and "." not in str(case.change.get("optimizer", {}).get("type", "")
                                               if isinstance(case.change.get("optimizer"), dict) else "")

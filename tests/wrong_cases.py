@@ -272,7 +272,7 @@ FILES = [Wrong("deepspeed_config", text=content, as_base64=coded) for content, c
 
 GROUPS: dict[str, list[Wrong]] = {
     "batch sizes": SIZES, "the top": TOP, "DeepSpeed's blocks": BLOCKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS,
-    "not heeded by a decoupled engine": IGNORED, "the decoupled block": DECOUPLED, "ranks that differ": DIFFERENT,
+    "not used by a decoupled engine": IGNORED, "the decoupled block": DECOUPLED, "ranks that differ": DIFFERENT,
     "one rank fails": ONE_RANK, "files and texts": FILES,
 }
 CASES = [case for cases in GROUPS.values() for case in cases]

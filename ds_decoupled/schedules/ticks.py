@@ -36,7 +36,7 @@ class Ticks:
             delayed update this is the stage's own number, whatever the placement, because it is part of the method.
             Under a flush no gradient depends on it, so that the depth may be the rank's, which makes it 1F1B.
         window: stages whose losses reach a stage, its own among them; 0 where the only loss is the last stage's.
-        first_loss: the lowest stage whose loss anybody heeds; above 0 where a stage takes the farthest loss alone.
+        first_loss: the lowest stage whose loss anybody learns from; above 0 where a stage takes the farthest loss alone.
     """
 
     hops: tuple[int, int]

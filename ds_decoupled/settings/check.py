@@ -28,7 +28,7 @@ def check_settings(config: Mapping[str, Any], decoupled: bool) -> None:
 
     Args:
         config: as :func:`ds_decoupled.settings.read_json` gives it.
-        decoupled: whether a decoupled engine will run it; if not, DeepSpeed's own, which heeds all of them.
+        decoupled: whether a decoupled engine will run it; if not, DeepSpeed's own, which uses all of them.
 
     Raises:
         ConfigError: naming the setting, its value, what is allowed and what to do.

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed that its own engine heeds and a decoupled one would not: refused by name, with the reason.
+"""Settings of DeepSpeed that its own engine uses and a decoupled one would not: refused by name, with the reason.
 
 ``docs/deepspeed_settings.md`` is the same as a table. With ``"method": "backprop"`` the engine is DeepSpeed's own, and all of
 them work as there.
@@ -22,7 +22,7 @@ class Unsupported:
     Attributes:
         path: its name, with dots.
         harmless: values that ask for nothing.
-        why: a decoupled engine does not heed it.
+        why: a decoupled engine does not use it.
         instead: what to do.
     """
 
@@ -110,7 +110,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
     for entry in UNSUPPORTED:
         found, value = lookup(config, entry.path)
         if found and not any(type(value) is type(h) and value == h for h in entry.harmless):
-            raise ConfigError(entry.path, value, f"a decoupled engine does not heed it: {entry.why}", entry.instead)
+            raise ConfigError(entry.path, value, f"a decoupled engine does not use it: {entry.why}", entry.instead)
     _check_zero(config)
 
 
@@ -143,5 +143,5 @@ def _check_zero(config: Mapping[str, Any]) -> None:
     for key, value in given.items():
         name = names.get(key, key)
         if name not in ZERO_1 and getattr(asked, name, None) != getattr(default, name, None):
-            raise ConfigError(f"{ZERO}.{key}", value, "a decoupled engine does not heed it: of ZeRO it has stage 1, on the "
+            raise ConfigError(f"{ZERO}.{key}", value, "a decoupled engine does not use it: of ZeRO it has stage 1, on the "
                               "device, and this belongs to higher stages or to offloading", "Leave it out.")

@@ -5,6 +5,20 @@ learns from ``L_s + ... + L_{s+n-1}`` (or from the farthest of them alone), each
 sends up is what its own loss saw. Of a loss above, its gradient comes down stage by stage and is passed on unchanged in
 number: never a sum, because the stage below has another window.
 
+One micro-batch with a window of 2, J = 4 (actions as in :mod:`ds_decoupled.schedules.kinds`; ``==`` is an activation, ``<-`` a
+gradient of the loss that stands behind it)::
+
+                stage 0          stage 1          stage 2          stage 3
+    forward     H == output ===> H == output ===> H == output ===> X
+    own loss    L_0              L_1              L_2              L_3
+    L_1         B <- L_1 ------- H
+    L_2                          B <- L_2 ------- H
+    L_3                                           B <- L_3 ------- X
+    learns from L_0 + L_1        L_1 + L_2        L_2 + L_3        L_3
+
+With a window of 3, stage 1 has two stages above it within reach, and a gradient passes through it to stage 0 without being its
+last: that is ``G``, a relay. Between ``H`` and ``B`` a stage keeps its graph, and the gradients that have come so far.
+
 A head learns from its own stage's loss alone, at the same update as the stage.
 """
 
