@@ -36,7 +36,7 @@ def test_presets() -> None:
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window))
+        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), "ticks")
 
 
 def test_defaults() -> None:

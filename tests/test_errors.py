@@ -70,16 +70,16 @@ def test_a_rank_that_hangs_runs_into_the_time_out() -> None:
 
 def head_fails_on_rank_1(case: dict[str, Any]) -> None:
     """Not by its settings, which is a ConfigError, but as a full disk or memory fails."""
-    from ds_decoupled.stages import heads
+    from ds_decoupled.stages import head_builder
 
-    make = heads.make_head
+    make = head_builder.make_head
 
     def make_head(*args: Any) -> Any:
         if torch.distributed.get_rank() == 1:
             raise MemoryError("no room on this rank")
         return make(*args)
 
-    heads.make_head = make_head
+    head_builder.make_head = make_head
     engine_cases.only_build(case)
 
 
