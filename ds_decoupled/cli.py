@@ -14,6 +14,7 @@ import typer
 from ds_decoupled.analysis.report import RunShape, plan_report
 from ds_decoupled.config import BLOCK, PRESETS, DecoupledConfig, parse_block, read_json
 from ds_decoupled.errors import ConfigError, PlanError
+from ds_decoupled.settings.table import BATCH, MICRO_BATCH, SIZES, K, batch_sizes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Decoupled pipelines for DeepSpeed: see a method's plan before anything runs.")
@@ -89,25 +90,12 @@ def _stages(block: DecoupledConfig, given: int | None, ranks: int, notes: list[s
 
 
 def _k(raw: dict[str, Any], notes: list[str]) -> int:
-    """Micro-batches per update, as DeepSpeed works it out; with one data-parallel replica."""
-    def whole(name: str) -> int | None:
-        value = raw.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(name, value, "a whole number, at least 1")
-        return value
-
-    k, batch, micro = map(whole, ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"))
-    if k is not None:
-        return k
-    if batch is None or micro is None:
-        return 1
-    if batch % micro:
-        raise ConfigError("train_batch_size", batch,
-                          f'a multiple of "train_micro_batch_size_per_gpu", which is {micro}')
-    notes.append('k is "train_batch_size" over "train_micro_batch_size_per_gpu", with one data-parallel replica')
-    return batch // micro
+    """Micro-batches per update, as DeepSpeed works it out; with one data-parallel replica where it depends on those."""
+    given = {name: raw.get(name) for name in SIZES}
+    if given[K] is not None or None in (given[BATCH], given[MICRO_BATCH]):  # no other size says more about it
+        return batch_sizes({MICRO_BATCH: 1, K: given[K]}, 1)[1]
+    notes.append(f'k is "{BATCH}" over "{MICRO_BATCH}", with one data-parallel replica')
+    return batch_sizes(given, 1)[1]
 
 
 @app.command()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ds_decoupled.collectives import gather
-from ds_decoupled.config import BLOCK, DecoupledConfig
-from ds_decoupled.errors import ConfigError
-from ds_decoupled.nn.heads import SharedReadout, shared_blocks
-from ds_decoupled.schedules import Placement
+from ds_decoupled.nn.heads import SharedReadout
+from ds_decoupled.settings.placed import check_local as check_local
 from ds_decoupled.stages import LocalStage
 from ds_decoupled.stages.heads import build_heads, refresh
 
@@ -58,23 +56,3 @@ class LocalLosses:
         found = {s: metrics for part in gather({s: stage.take_metrics() for s, stage in self.stages.items()})
                  for s, metrics in part.items()}
         return [found[s] for s in sorted(found)]
-
-
-def check_local(config: DecoupledConfig, placement: Placement) -> None:
-    """What can be checked only once J is known.
-
-    Raises:
-        ConfigError: for a window of more stages than there are, or lists of another length.
-    """
-    window, stages = config.axes().window, placement.stages
-    if window > stages:
-        raise ConfigError(f"{BLOCK}.window", window, f"at most the number of stages, which is {stages}",
-                          "Take a smaller window or more stages.")
-    for name in ("stage_lr", "stage_schedulers", "stop_after"):
-        value = getattr(config, name)
-        if value is not None and len(value) != stages:
-            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
-                              f"Give a list of {stages}, or leave it out.")
-    if window and shared_blocks(config.head) is not None and config.axes().hops[0]:
-        raise ConfigError(f"{BLOCK}.head", config.head, "a shared head is refreshed when all stages are at the same "
-                          f"micro-batch, and with hops {list(config.axes().hops)} they never are", 'Leave "hops" out.')

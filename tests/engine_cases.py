@@ -17,10 +17,11 @@ from ds_decoupled.models import next_token_loss
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed JSON of a case."""
     k, size = case.get("k", 1), case.get("size", 4)
+    waits = {} if case["method"] == "backprop" else {"timeout": case.get("timeout", 60)}
     return {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": k, "steps_per_print": 10**9,
             "gradient_clipping": case.get("clip", 0.0),
             "optimizer": case.get("optimizer", {"type": "SGD", "params": {"lr": case.get("lr", 0.1), "momentum": 0.9}}),
-            "decoupled": {"method": case["method"], "stages": case.get("stages", "blocks"), "timeout": case.get("timeout", 60),
+            "decoupled": {"method": case["method"], "stages": case.get("stages", "blocks"), **waits,
                           **case.get("block", {})},
             **case.get("config", {})}
 

@@ -157,13 +157,13 @@ def parse(**block: Any) -> CompileSettings | None:
 
 def test_settings() -> None:
     assert parse() is None and parse(compile=False) is None
-    assert parse(compile=True) == CompileSettings("inductor", "default", None)
+    assert parse(compile=True) == CompileSettings(backend="inductor", mode="default", dynamic=None)
     assert parse(compile={"dynamic": True, "mode": "max-autotune-no-cudagraphs"}) == \
-        CompileSettings("inductor", "max-autotune-no-cudagraphs", True)
+        CompileSettings(backend="inductor", mode="max-autotune-no-cudagraphs", dynamic=True)
 
 
 @pytest.mark.parametrize(("block", "setting", "text"), [
-    ({"compile": {"mod": "default"}}, "decoupled.compile", "Did you mean 'mode'?"),
+    ({"compile": {"mod": "default"}}, "decoupled.compile.mod", "Did you mean 'mode'?"),
     ({"compile": {"mode": "reduce-overhead"}}, "decoupled.compile.mode", "CUDA graphs write every output to the same place"),
     ({"compile": {"mode": "fast"}}, "decoupled.compile.mode", "'default'"),
     ({"compile": {"backend": "eager"}}, "decoupled.compile.backend", "'inductor', 'aot_eager'"),

@@ -92,7 +92,7 @@ WRONG: list[tuple[dict[str, Any], str, Any, str, str]] = [
     ({"method": "petra", "track_gradients": -1}, "decoupled.track_gradients", -1, "0 (never)", "For example 100"),
     ({"method": "petra", "track_gradients": True}, "decoupled.track_gradients", True, "integer", "without quotes"),
     ({"method": "petra", "split_backward": "yes"}, "decoupled.split_backward", "yes", "boolean", "without quotes"),
-    ({"method": "petra", "timeout": 0}, "decoupled.timeout", 0.0, "seconds, above 0", "Leave it out for 600"),
+    ({"method": "petra", "timeout": 0}, "decoupled.timeout", 0, "seconds, above 0", "Leave it out for 600"),
     ({"method": "petra", "timeout": float("nan")}, "decoupled.timeout", float("nan"), "seconds, above 0",
      "Leave it out"),
     ({"method": 7}, "decoupled.method", 7, "string", "without quotes"),

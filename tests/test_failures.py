@@ -95,7 +95,7 @@ def test_a_picture_that_breaks_in_the_middle_of_training(method: str, broken: st
     config = tmp_path / "config.json"
     config.write_text(json.dumps({
         "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "optimizer": {"type": "SGD"},
-        "decoupled": {"method": method, "stages": "ranks", "timeout": 60}}))
+        "decoupled": {"method": method, "stages": "ranks", **({} if method == "backprop" else {"timeout": 60})}}))
     start = time.monotonic()
     for error in errors_of(2, recipe_runs._main, "train_resnet",
                            ["--deepspeed_config", str(config), "--data", str(large_pictures), "--image_size", "72", "--width",

@@ -15,7 +15,7 @@ from ds_decoupled.collectives import flat
 from ds_decoupled.config import BLOCK, DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.settings.kinds import check_object
-from ds_decoupled.settings.table import check_table
+from ds_decoupled.settings.table import SIZES, check_table
 from ds_decoupled.settings.unsupported import check_supported
 
 #: Packages that a monitor imports when DeepSpeed makes it, which it does on rank 0 alone (``deepspeed/monitor``).
@@ -105,9 +105,8 @@ def as_deepspeed_reads_it(config: dict[str, Any], mpu: Any) -> None:
     try:
         _read(config, mpu)
     except Exception as error:
-        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         for key in config:
-            if key not in sizes and _raises({name: config[name] for name in (*sizes, key) if name in config}, mpu):
+            if key not in SIZES and _raises({name: config[name] for name in (*SIZES, key) if name in config}, mpu):
                 raise ConfigError(key, config[key], f"DeepSpeed does not take it ({type(error).__name__}: {error})",
                                   "See https://www.deepspeed.ai/docs/config-json/.") from error
         raise ConfigError("deepspeed_config", sorted(config), "DeepSpeed does not take these together "
@@ -135,5 +134,4 @@ OF_A_RANK = ("tensorboard", "wandb", "csv_monitor", "comet", "log_level", "dump_
 def comparable(config: Mapping[str, Any], block: DecoupledConfig | None) -> dict[str, Any]:
     """What must be the same on every rank, by name."""
     shared = {key: value for key, value in config.items() if key not in (*OF_A_RANK, BLOCK) and not key.startswith("_")}
-    own = {f"{BLOCK}.{name}": value for name, value in block.model_dump().items()} if block is not None else {}
-    return flat(shared) | own
+    return flat(shared | ({BLOCK: block.model_dump(mode="json")} if block is not None else {}))

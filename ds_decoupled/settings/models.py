@@ -15,7 +15,8 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.settings.kinds import WITHOUT_QUOTES, hint_for, near
+from ds_decoupled.settings.blocks import refusal
+from ds_decoupled.settings.kinds import WITHOUT_QUOTES, near
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -56,7 +57,7 @@ def read_block(path: str, value: dict[str, Any], model: type[BaseModel]) -> Base
     try:
         parsed = model(**value)
     except ValidationError as error:
-        raise _of_pydantic(path, value, error) from error
+        raise refusal(path, model, value, error, "Mend it, or leave it out for DeepSpeed's default.") from error
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(path, value, f"DeepSpeed does not take it ({type(error).__name__}: {error})",
                           "See DeepSpeed's documentation of this block.") from error
@@ -77,12 +78,3 @@ def _check_type(setting: str, given: Any, taken: Any) -> None:
         raise ConfigError(setting, given, "a number", "Give the number.")
     if isinstance(taken, bool) and isinstance(given, int | float) and not isinstance(given, bool):
         raise ConfigError(setting, given, "true or false", "Give true or false.")
-
-
-def _of_pydantic(path: str, value: dict[str, Any], error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    inner = ".".join(map(str, first["loc"]))
-    given = first["input"] if inner else value
-    allowed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return ConfigError(f"{path}.{inner}" if inner else path, given, f"needed is {allowed}" if inner else allowed,
-                       hint_for(given, "Mend it, or leave it out for DeepSpeed's default."))

@@ -27,6 +27,9 @@ from ds_decoupled.settings.kinds import (
 
 BLOCK = "decoupled"
 
+#: The three of which a batch is made, see :func:`batch_sizes`.
+BATCH, MICRO_BATCH, K = SIZES = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+
 #: train_batch() takes all k micro-batches of a call from the data before it starts.
 MOST_K = 100_000
 MOST_MICRO_BATCH = 10_000_000
@@ -141,15 +144,17 @@ def batch_sizes(config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
     """``(micro-batch, k)`` by DeepSpeed's rule: ``train_batch_size = micro-batch * k * replicas``; one of the three may be left
     out, and one is enough if it is a batch size.
 
+    >>> batch_sizes({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}, replicas=2)
+    (8, 4)
+
     Raises:
         ConfigError: if they do not go into one another.
     """
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    for name in names:
+    for name in SIZES:
         SETTINGS[name](name, config.get(name))
-    total, micro, k = (config.get(name) for name in names)
+    total, micro, k = (config.get(name) for name in SIZES)
     if micro is None and total is None:
-        raise ConfigError(names[1], None, f'a micro-batch size is needed, here or by "{names[0]}"',
+        raise ConfigError(MICRO_BATCH, None, f'a micro-batch size is needed, here or by "{BATCH}"',
                           "Set it in the DeepSpeed JSON.")
     if micro is None:
         k = k or 1
@@ -157,10 +162,11 @@ def batch_sizes(config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
     elif k is None:
         k = 1 if total is None else total // (micro * replicas)
     if total is not None and (micro * k * replicas != total or not micro or not k):
-        given = " x ".join("?" if config.get(name) is None else str(config[name]) for name in names[1:])
-        raise ConfigError(names[0], total, "it is micro-batch x k x replicas: train_micro_batch_size_per_gpu x "
-                                           "gradient_accumulation_steps x replicas = "
-                          f"{given} x {replicas} must make it up", "Leave one of the three out, or mend it.")
+        given = [f'"{name}", which is {config[name]}' for name in (MICRO_BATCH, K) if config.get(name) is not None]
+        factors = " and ".join([*given, f"the replicas, which are {replicas}"])
+        rule = "it is micro-batch x k x replicas"
+        raise ConfigError(BATCH, total, f"{rule}, the product of {factors}" if len(given) == 2 else
+                          f"a multiple of {factors}: {rule}", "Leave one of the three out, or mend it.")
     if total is not None:
-        _k("gradient_accumulation_steps", k)
+        _k(K, k)
     return micro, k

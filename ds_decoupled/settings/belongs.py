@@ -1,0 +1,194 @@
+"""Which setting of the ``decoupled`` block belongs to which value of which axis: what would do nothing is refused.
+
+One row says where a setting has an effect, as conditions on the axes (or on another setting) that must all hold, and why it has
+none elsewhere. From it come the refusals, and the column "belongs to" of the tables in ``README.md`` and ``docs/``. A new
+setting, or a system's nested object, is a row more.
+
+>>> from ds_decoupled.axes import resolve
+>>> check_belongs(resolve("dsp", {}), {"queue": 4})
+Traceback (most recent call last):
+ds_decoupled.errors.ConfigError: "decoupled.queue": 4 cannot be used: with "gradient": "global" what comes back keeps ranks \
+together; it belongs to "gradient": "local" and "window": 1. Leave it out, or take "method": "dgl".
+
+Pure Python: no torch, no pydantic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_decoupled.axes import AXES, Axes
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.settings.table import BLOCK
+
+#: What :func:`belongs_to` says of a setting that has an effect under every method.
+EVERY = "every method"
+
+
+@dataclass(frozen=True)
+class Need:
+    """One condition.
+
+    Attributes:
+        name: of an axis, a property of :class:`~ds_decoupled.axes.Axes`, or another setting.
+        holds: whether it is met by that one's value.
+        words: which values meet it.
+        unmet: what stands against it; None for the name with its value.
+    """
+
+    name: str
+    holds: Callable[[Any], bool]
+    words: str
+    unmet: str | None = None
+
+    def against(self, axes: Axes, settings: Mapping[str, Any]) -> str | None:
+        """What stands against the condition, in words; None where it is met."""
+        value = getattr(axes, self.name) if hasattr(axes, self.name) else settings.get(self.name)
+        if self.holds(value):
+            return None
+        return self.unmet or f'"{self.name}": {json.dumps(value)}'
+
+
+def axis(name: str, *values: Any) -> Need:
+    """The condition that an axis has one of ``values``."""
+    return Need(name, lambda value: value in values, f'"{name}": {" or ".join(map(json.dumps, values))}')
+
+
+DECOUPLED = Need("plain", lambda plain: not plain, 'any method but "backprop"',
+                 unmet='"update": "flush" and "recover": "graph" the engine is DeepSpeed\'s own, as with "method": "backprop":')
+LOCAL, GLOBAL = axis("gradient", "local"), axis("gradient", "global")
+DELAYED = axis("update", "delayed")
+ALONE = axis("window", 1)
+#: Gradients come back to a stage from others.
+TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
+SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"head": "shared"')
+WHOLE = axis("split_backward", False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a setting, or some of its values, has an effect.
+
+    Attributes:
+        setting: its name in the block.
+        needs: all must hold; none is for every method.
+        why: it has no effect elsewhere, after what stands against it.
+        instead: what to do.
+        values: which values the row is about; None for all but the default.
+        of: these, in words.
+    """
+
+    setting: str
+    needs: tuple[Need, ...] = ()
+    why: str = ""
+    instead: str = "Leave it out."
+    values: Callable[[Any], bool] | None = None
+    of: str = ""
+
+    @property
+    def where(self) -> str:
+        """The conditions in words."""
+        return " and ".join(need.words for need in self.needs) or EVERY
+
+
+#: What to do, and why not, of several rows.
+LEAVE_LOCAL = 'Take "method": "dgl" or "overlapping", or leave it out.'
+LEAVE_BACKPROP = 'Leave it out, or take another method.'
+AT_ONCE = "a stage with local losses goes back through its graph at once"
+
+
+def _local(setting: str) -> Row:
+    return Row(setting, (LOCAL,), "no stage but the last has a loss", LEAVE_LOCAL)
+
+
+def _value(setting: str, value: str, needs: tuple[Need, ...], why: str, instead: str) -> Row:
+    return Row(setting, needs, why, instead, lambda given: given == value, json.dumps(value))
+
+
+def _decoupled(setting: str, why: str, instead: str = LEAVE_BACKPROP) -> Row:
+    return Row(setting, (DECOUPLED,), why, instead)
+
+
+#: In the order in which they are looked at: the axes before what hangs on them.
+ROWS: tuple[Row, ...] = (
+    Row("method"), Row("stages"), Row("partition"), Row("gradient"), Row("input"),
+    _value("update", "flush", (GLOBAL,), "stages with a loss of their own wait for no flush",
+           'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.'),
+    _value("recover", "input", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
+    _value("recover", "reconstruct", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
+    _value("weights", "stashed", (GLOBAL,), AT_ONCE, 'Leave "weights" out, or take "current".'),
+    _value("weights", "stashed", (DELAYED,), "the weights are the same in the forward and the backward pass",
+           'Take "weights": "current", or "update": "delayed".'),
+    _value("weights", "predicted", (GLOBAL,), AT_ONCE, 'Leave "weights" out, or take "current".'),
+    _value("weights", "predicted", (DELAYED, axis("recover", "input", "reconstruct")), "there is nothing to predict: the "
+           "backward pass has to come later, and to run the forward pass again with the weights of then",
+           'Take "method": "dsp" or "petra".'),
+    Row("hops", (DELAYED,), "nothing crosses an update", 'Leave "hops" out, or take a method with a delayed update.'),
+    Row("hops", (TOGETHER,), "nothing comes back, and the second number says how long that takes",
+        "Let it be 1, as in [0, 1].", lambda value: value is not None and value[1] != 1, "its second number"),
+    _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("ensemble"), _local("stop_after"),
+    _local("input_shape"),
+    Row("head_refresh", (SHARED,), "there is nothing to bring up to date", 'Leave it out, or take "head": "shared".'),
+    Row("queue", (LOCAL, ALONE), "what comes back keeps ranks together", 'Leave it out, or take "method": "dgl".'),
+    Row("lr_by_delay", (DELAYED, TOGETHER), "no gradient comes late",
+        'Leave "lr_by_delay" out, or take a method with a delay.'),
+    _decoupled("stage_lr", "it has one optimizer and one rate for all stages"),
+    _decoupled("stage_schedulers", "it has one scheduler for all stages", 'Set "scheduler", or take another method.'),
+    _decoupled("codec", "it sends tensors as they are"),
+    _decoupled("split_backward", "its backward passes are whole"),
+    Row("split_backward", (GLOBAL,), AT_ONCE, 'Leave "split_backward" out.'),
+    _decoupled("compile", "it compiles on demand", "Leave it out and call engine.compile()."),
+    Row("compile", (WHOLE,), "a compiled backward pass would have to be halved", "Leave one of the two out."),
+    _decoupled("track_gradients", "every gradient is the exact one"),
+    _decoupled("timeout", "it waits as long as its process groups do", "Leave it out, or give deepspeed.init_distributed() a "
+               "timeout."),
+)
+
+
+def belongs_to(setting: str) -> str:
+    """Where a setting has an effect, in words.
+
+    >>> belongs_to("queue"), belongs_to("stages")
+    ('"gradient": "local" and "window": 1', 'every method')
+    """
+    found: dict[str, dict[str, None]] = {}
+    for row in ROWS:
+        if row.setting == setting and row.needs:
+            found.setdefault(row.of, {}).update(dict.fromkeys(need.words for need in row.needs))
+    values: dict[str, list[str]] = {}  # by where they belong
+    for of, words in found.items():
+        values.setdefault(" and ".join(words), []).append(of)
+    return "; ".join(f"{', '.join(ofs)} to {where}" if ofs != [""] else where for where, ofs in values.items()) or EVERY
+
+
+def check_belongs(axes: Axes, given: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> None:
+    """Every setting has an effect.
+
+    A value that is the default's is taken everywhere: it says what happens anyway.
+
+    Args:
+        axes: the method.
+        given: settings whose values are not their defaults.
+        settings: all settings, for conditions on others; by default ``given``.
+
+    Raises:
+        ConfigError: for the first that has none, with the value of the axis that takes it away.
+    """
+    settings = given if settings is None else settings
+    for row in ROWS:
+        if row.setting in AXES:  # also a preset's own value, where another axis was chosen that excludes it
+            value = getattr(axes, row.setting)
+        elif row.setting in given:
+            value = given[row.setting]
+        else:
+            continue
+        if row.values is not None and not row.values(value):
+            continue
+        for need in row.needs:
+            against = need.against(axes, settings)
+            if against is not None:
+                raise ConfigError(f"{BLOCK}.{row.setting}", value, f"with {against} {row.why}; it belongs to {row.where}",
+                                  row.instead)

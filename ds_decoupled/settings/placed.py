@@ -1,0 +1,28 @@
+"""What can be checked of the ``decoupled`` block only once the layers are cut: settings that count stages."""
+
+from __future__ import annotations
+
+from ds_decoupled.config import BLOCK, DecoupledConfig
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.nn.heads import shared_blocks
+from ds_decoupled.schedules import Placement
+
+
+def check_local(config: DecoupledConfig, placement: Placement) -> None:
+    """What can be checked only once J is known.
+
+    Raises:
+        ConfigError: for a window of more stages than there are, or lists of another length.
+    """
+    axes, stages = config.axes(), placement.stages
+    if axes.window > stages:
+        raise ConfigError(f"{BLOCK}.window", axes.window, f"at most the number of stages, which is {stages}",
+                          "Take a smaller window or more stages.")
+    for name in ("stage_lr", "stage_schedulers", "stop_after"):
+        value = getattr(config, name)
+        if value is not None and len(value) != stages:
+            raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
+                              f"Give a list of {stages}, or leave it out.")
+    if axes.window and shared_blocks(config.head) is not None and axes.hops[0]:
+        raise ConfigError(f"{BLOCK}.head", config.head, "a shared head is refreshed when all stages are at the same "
+                          f"micro-batch, and with hops {list(axes.hops)} they never are", 'Leave "hops" out.')
