@@ -65,7 +65,7 @@ ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
 TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
 SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"head": "shared"')
-WHOLE = axis("split_backward", False)
+WHOLE = Need("split_backward", lambda split: not split, '"split_backward": false')
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ def refusal(path: str, model: type[BaseModel], given: Mapping[str, Any], error: 
     loc = first["loc"]
     if not loc:
         own = _own(first)
-        return own or ConfigError(path, dict(given), _message(first), otherwise)
+        if own is None:
+            return ConfigError(path, dict(given), _message(first), otherwise)
+        name, value, *said = own.fields
+        return ConfigError(name, given.get(name.removeprefix(f"{path}."), value), *said)  # as it was written
     depth, value = 0, cast(Any, given)
     while True:  # down through blocks within blocks
         key = str(loc[depth])
