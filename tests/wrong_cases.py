@@ -225,6 +225,16 @@ DECOUPLED += [
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "dgl", f"decoupled.{name}": value}) for name, value in (
         ("window", 0), ("window", 10**9), ("window", 8), ("head", "mpl"), ("input_shape", []), ("input_shape", [0, 8, 8]),
         ("input_shape", [10**9, 10**9]), ("input_shape", [-2, 8, 8]), ("stop_after", [1]), ("head_refresh", 0))],
+    # No effect there.
+    *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
+        ("queue", 4), ("input_shape", [2, 8, 8]), ("head", "mlp"), ("stop_after", [None] * 7))],
+    *[Wrong(f"decoupled.{name}", {"decoupled.method": "overlapping", f"decoupled.{name}": value}) for name, value in (
+        ("queue", 4), ("recover", "input"), ("split_backward", True), ("head_refresh", 10))],
+    *[Wrong(f"decoupled.{name}", {"decoupled": {"method": "backprop", name: value}}) for name, value in (
+        ("stage_lr", [1.0] * 7), ("stage_schedulers", [None] * 7), ("track_gradients", 4), ("codec", "bf16"),
+        ("split_backward", True), ("timeout", 60), ("queue", 4), ("compile", True), ("lr_by_delay", 4))],
+    *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
+        ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
 ]
 
 DIFFERENT = [Wrong(setting, of_rank_1=change, shows=shows) for setting, change, shows in (
