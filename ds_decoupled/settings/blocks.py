@@ -3,6 +3,8 @@
 A field's type, its range and the words for it stand together; :func:`read_model` is the one place that makes a
 :class:`~ds_decoupled.errors.ConfigError` of a pydantic error, for blocks within blocks too.
 
+>>> from typing import Annotated
+>>> from pydantic import Field
 >>> class Replay(BaseModel):
 ...     model_config = STRICT
 ...     size: Annotated[int, Field(ge=1), Words("micro-batches kept, at least 1", "Leave it out for 8.")] = 8
