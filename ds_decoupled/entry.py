@@ -17,7 +17,7 @@ from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, read_json
 from ds_decoupled.engine import DecoupledPipelineEngine
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.flushed import as_flushed
-from ds_decoupled.module import placement_of
+from ds_decoupled.module import DecoupledPipelineModule, placement_of
 from ds_decoupled.optim import client_from_json
 from ds_decoupled.settings.built import WITHOUT_RATE, check_scheduler
 from ds_decoupled.settings.check import as_deepspeed_reads_it, check_settings, comparable
@@ -85,6 +85,9 @@ def _read(given: Mapping[str, Any], weights: list[float]) -> tuple[Setup | None,
     check_settings(config, decoupled=not block.is_plain_backprop)
     model: PipelineModule = given["model"]
     _check_stage_schedulers(block)
+    if block.partition != DecoupledConfig.model_fields["partition"].default and not isinstance(model, DecoupledPipelineModule):
+        raise ConfigError(f"{BLOCK}.partition", block.partition, "a plain PipelineModule has cut its layers by its own "
+                          "partition_method", "Leave it out, or make a ds_decoupled.DecoupledPipelineModule.")
     batch_sizes(config, model.mpu().get_data_parallel_world_size())
     if given["optimizer"] is None:
         client_from_json(config)

@@ -104,3 +104,41 @@ def fail_in_a_layer(rank: int, partition: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def settings_read(case: dict[str, Any]) -> set[str]:
+    """The settings of the block that are looked at by what builds, trains and evaluates; those that check it do not count."""
+    import sys
+
+    from ds_decoupled.config import DecoupledConfig
+
+    seen: set[str] = set()
+    checks = ("pydantic", "ds_decoupled/settings", "ds_decoupled/entry.py")
+    plain = DecoupledConfig.__getattribute__
+
+    def look(self: DecoupledConfig, name: str) -> Any:
+        caller = sys._getframe(1).f_code
+        checking = caller.co_name == "_resolve" or any(part in caller.co_filename for part in checks)
+        if name in DecoupledConfig.model_fields and not checking:
+            seen.add(name)
+        return plain(self, name)
+
+    DecoupledConfig.__getattribute__ = look  # type: ignore[method-assign]
+    try:
+        engine = engine_cases.build(case)
+        data = engine_cases.data_of(case, engine)
+        if data is None and case["method"] == "backprop":  # DeepSpeed's own engine reads on the last rank too
+            data = engine_cases.data_of(case, type("First", (), {"is_first_stage": lambda self: True, "mpu": engine.mpu})())
+        for _ in range(case["batches"]):
+            engine.train_batch(data)
+        if hasattr(engine, "drain"):
+            engine.drain()
+            engine.eval_batch(engine_cases.data_of(case, engine), num_micro_batches=1)
+            engine.decoupled_summary()
+    finally:
+        DecoupledConfig.__getattribute__ = plain  # type: ignore[method-assign]
+    return seen
+
+
+def all_settings_read(cases: list[dict[str, Any]]) -> list[set[str]]:
+    return [settings_read(case) for case in cases]

@@ -146,6 +146,33 @@ def test_what_comes_from_weights_alone_is_computed_again(backend: str) -> None:
     torch.testing.assert_close(dx, dy @ torch.tanh(now).T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "tunes"), [("default", False), ("max-autotune-no-cudagraphs", True)])
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_inductor_works_in_its_mode(mode: Any, tunes: bool, by_reference: bool) -> None:
+    """Both passes are compiled with the mode's options, and with eager's random numbers; the numbers are eager's."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    seen = []
+
+    class Look(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            seen.append((config.max_autotune, config.coordinate_descent_tuning, config.fallback_random))
+
+        def uuid(self) -> Any:
+            return None  # no code from a cache, which nobody would compile
+
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()), torch.randn(4, 8)
+    expected = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    compile_layers([layer], CompileSettings(mode=mode), by_reference)
+    with config.patch(post_grad_custom_post_pass=Look()):
+        found = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    assert seen == [(tunes, tunes, True)] * 2
+    for ours, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +199,8 @@ def test_settings() -> None:
     ({"compile": True, "split_backward": True}, "decoupled.compile", '"split_backward"'),
     ({"compile": True, "method": "backprop"}, "decoupled.compile", "engine.compile()"),
     ({"compile": "yes"}, "decoupled.compile", "boolean"),
+    ({"compile": 1}, "decoupled.compile", "boolean"),
+    ({"compile": {"mode": 3}}, "decoupled.compile.mode", "in quotes"),
 ])
 def test_wrong_settings(block: dict[str, Any], setting: str, text: str) -> None:
     with pytest.raises(ConfigError) as error:

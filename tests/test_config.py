@@ -53,6 +53,13 @@ def test_overrides() -> None:
     assert parse(method="petra", update="flush").axes().hops == FLUSH_HOPS
 
 
+def test_axes_are_resolved_once() -> None:
+    config = parse(method="petra", hops=[0, 1])
+    assert config.axes() is config.axes()
+    with pytest.raises(ValueError, match="frozen"):
+        config.hops = [1, 1]
+
+
 def test_what_deepspeed_does_itself() -> None:
     assert [name for name in PRESETS if parse(method=name).is_plain_backprop] == ["backprop"]
     assert parse(method="delayed", update="flush").is_plain_backprop

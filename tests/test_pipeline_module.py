@@ -55,3 +55,11 @@ def test_training_data() -> None:
     one, two = (worlds.run(ranks, engine_cases.with_training_data, case) for ranks in (1, 2))
     a, b = engine_cases.merged(one), engine_cases.merged(two)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_partition_that_a_plain_module_would_not_heed() -> None:
+    case = {"method": "delayed", "stages": "ranks", "block": {"partition": "uniform"}}
+    with pytest.raises(worlds.RankFailed) as failure:
+        worlds.run(2, engine_cases.plain_pipeline, case)
+    told = "\"decoupled.partition\": 'uniform' cannot be used: a plain PipelineModule"
+    assert all(told in str(error) for error in failure.value.errors)

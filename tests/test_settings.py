@@ -87,7 +87,8 @@ def test_wrong_settings_are_told(case: wrong_cases.Wrong) -> None:
 
 
 #: About one of a kind, on two ranks that go on with the next.
-ON_RANKS = {"DeepSpeed's blocks": 3, "optimizer": 4, "the decoupled block": 9, "ranks that differ": 2, "one rank fails": 1,
+ON_RANKS = {"DeepSpeed's blocks": 3, "optimizer": 4, "the decoupled block": 9, "no effect under the method": 9,
+            "ranks that differ": 2, "one rank fails": 1,
             "files and texts": 2}
 
 

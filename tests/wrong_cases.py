@@ -225,6 +225,19 @@ DECOUPLED += [
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "dgl", f"decoupled.{name}": value}) for name, value in (
         ("window", 0), ("window", 10**9), ("window", 8), ("head", "mpl"), ("input_shape", []), ("input_shape", [0, 8, 8]),
         ("input_shape", [10**9, 10**9]), ("input_shape", [-2, 8, 8]), ("stop_after", [1]), ("head_refresh", 0))],
+    *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
+        ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
+]
+
+#: Of our own block, under a method for which they would do nothing.
+WITHOUT_EFFECT = [
+    *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
+        ("queue", 4), ("input_shape", [2, 8, 8]), ("head", "mlp"), ("stop_after", [None] * 7))],
+    *[Wrong(f"decoupled.{name}", {"decoupled.method": "overlapping", f"decoupled.{name}": value}) for name, value in (
+        ("queue", 4), ("recover", "input"), ("split_backward", True), ("head_refresh", 10))],
+    *[Wrong(f"decoupled.{name}", {"decoupled": {"method": "backprop", name: value}}) for name, value in (
+        ("stage_lr", [1.0] * 7), ("stage_schedulers", [None] * 7), ("track_gradients", 4), ("codec", "bf16"),
+        ("split_backward", True), ("timeout", 60), ("queue", 4), ("compile", True), ("lr_by_delay", 4))],
 ]
 
 DIFFERENT = [Wrong(setting, of_rank_1=change, shows=shows) for setting, change, shows in (
@@ -272,7 +285,8 @@ FILES = [Wrong("deepspeed_config", text=content, as_base64=coded) for content, c
 
 GROUPS: dict[str, list[Wrong]] = {
     "batch sizes": SIZES, "the top": TOP, "DeepSpeed's blocks": BLOCKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS,
-    "not used by a decoupled engine": IGNORED, "the decoupled block": DECOUPLED, "ranks that differ": DIFFERENT,
+    "not used by a decoupled engine": IGNORED, "the decoupled block": DECOUPLED,
+    "no effect under the method": WITHOUT_EFFECT, "ranks that differ": DIFFERENT,
     "one rank fails": ONE_RANK, "files and texts": FILES,
 }
 CASES = [case for cases in GROUPS.values() for case in cases]

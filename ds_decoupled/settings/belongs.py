@@ -67,7 +67,7 @@ ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
 TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
 SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"head": "shared"')
-WHOLE = axis("split_backward", False)
+WHOLE = Need("split_backward", lambda split: not split, '"split_backward": false')
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ LEAVE_BACKPROP = 'Leave it out, or take another method.'
 AT_ONCE = "a stage with local losses goes back through its graph at once"
 
 
-def _local(setting: str) -> Row:
-    return Row(setting, (LOCAL,), "no stage but the last has a loss", LEAVE_LOCAL)
+def _local(setting: str, why: str = "no stage but the last has a loss") -> Row:
+    return Row(setting, (LOCAL,), why, LEAVE_LOCAL)
 
 
 def _value(setting: str, value: str, needs: tuple[Need, ...], why: str, instead: str) -> Row:
@@ -131,8 +131,8 @@ ROWS: tuple[Row, ...] = (
     Row("hops", (DELAYED,), "nothing crosses an update", 'Leave "hops" out, or take a method with a delayed update.'),
     Row("hops", (TOGETHER,), "nothing comes back, and the second number says how long that takes",
         "Let it be 1, as in [0, 1].", lambda value: value is not None and value[1] != 1, "its second number"),
-    _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("ensemble"), _local("stop_after"),
-    _local("input_shape"),
+    _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("ensemble"), _local("input_shape"),
+    _local("stop_after", "a stage that stops would leave those below it without gradients"),
     Row("head_refresh", (SHARED,), "there is nothing to bring up to date", 'Leave it out, or take "head": "shared".'),
     Row("queue", (LOCAL, ALONE), "what comes back keeps ranks together", 'Leave it out, or take "method": "dgl".'),
     Row("lr_by_delay", (DELAYED, TOGETHER), "no gradient comes late",

@@ -3,6 +3,8 @@
 A field's type, its range and the words for it stand together; :func:`read_model` is the one place that makes a
 :class:`~ds_decoupled.errors.ConfigError` of a pydantic error, for blocks within blocks too.
 
+>>> from typing import Annotated
+>>> from pydantic import Field
 >>> class Replay(BaseModel):
 ...     model_config = STRICT
 ...     size: Annotated[int, Field(ge=1), Words("micro-batches kept, at least 1", "Leave it out for 8.")] = 8
@@ -72,7 +74,10 @@ def refusal(path: str, model: type[BaseModel], given: Mapping[str, Any], error: 
     loc = first["loc"]
     if not loc:
         own = _own(first)
-        return own or ConfigError(path, dict(given), _message(first), otherwise)
+        if own is None:
+            return ConfigError(path, dict(given), _message(first), otherwise)
+        name, value, *said = own.fields
+        return ConfigError(name, given.get(name.removeprefix(f"{path}."), value), *said)  # as it was written
     depth, value = 0, cast(Any, given)
     while True:  # down through blocks within blocks
         key = str(loc[depth])

@@ -162,11 +162,11 @@ def batch_sizes(config: Mapping[str, Any], replicas: int) -> tuple[int, int]:
     elif k is None:
         k = 1 if total is None else total // (micro * replicas)
     if total is not None and (micro * k * replicas != total or not micro or not k):
-        given = [f'"{name}", which is {config[name]}' for name in (MICRO_BATCH, K) if config.get(name) is not None]
-        factors = " and ".join([*given, f"the replicas, which are {replicas}"])
-        rule = "it is micro-batch x k x replicas"
-        raise ConfigError(BATCH, total, f"{rule}, the product of {factors}" if len(given) == 2 else
-                          f"a multiple of {factors}: {rule}", "Leave one of the three out, or mend it.")
+        given = {name: config[name] for name in (MICRO_BATCH, K) if config.get(name) is not None}
+        factor = next((f'a multiple of "{name}", which is {value}: ' for name, value in given.items() if len(given) == 1), "")
+        product = " x ".join(str(given.get(name, "?")) for name in (MICRO_BATCH, K))
+        raise ConfigError(BATCH, total, f"{factor}it is micro-batch x k x replicas: {MICRO_BATCH} x {K} x replicas = "
+                          f"{product} x {replicas} must make it up", "Leave one of the three out, or mend it.")
     if total is not None:
         _k(K, k)
     return micro, k
