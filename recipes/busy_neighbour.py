@@ -3,12 +3,13 @@
     python recipes/busy_neighbour.py              petra and backprop, P = 1 and 2, beside no, one and two busy programs
     python recipes/busy_neighbour.py --quick      one round of one update each, as a check that all of it runs
 
-Four ways to start the same job:
+Ways to start the same job:
 
 - ``default``: as torch is without anybody's word: a thread a core, shared among the ranks, which waits by spinning;
 - ``shared``: as the recipes start it (:mod:`ds_decoupled.threads`): the same number of threads, which wait without spinning;
 - ``pinned``: the same, and each rank stays on its share of the cores, as with ``deepspeed --bind_cores_to_rank`` (which needs
   numactl; the pinning is done here without it); on several ranks alone;
+- ``brief spin``: as ``shared``, but a thread spins a thousand turns before it sleeps;
 - ``one thread`` in each rank, which waits for nobody.
 
 All ways of one job are alive at once and take turns, round by round; the busy programs are loops that this script starts and
@@ -57,7 +58,7 @@ from ds_decoupled.models import build_model
 from ds_decoupled.threads import THREADS, WAITING, settings, usable_cores
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
-WAYS = ("default", "shared", "pinned", "one thread")
+WAYS = ("default", "shared", "pinned", "brief spin", "one thread")
 ANSWER_SECONDS = 600
 
 
@@ -106,7 +107,8 @@ def variables(way: str, ranks: int, cores: int) -> dict[str, str]:
         return {}
     if way == "one thread":
         return {THREADS: "1"}
-    return settings({"LOCAL_SIZE": str(ranks)}, cores)
+    said = {"GOMP_SPINCOUNT": "1000"} if way == "brief spin" else {}
+    return said | settings({"LOCAL_SIZE": str(ranks), **said}, cores)
 
 
 @contextmanager

@@ -24,13 +24,14 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def test_ways() -> None:
     assert variables("default", 2, cores=8) == {}
     assert variables("one thread", 2, cores=8) == {THREADS: "1"}
+    assert variables("brief spin", 2, cores=8) == {THREADS: "4", "GOMP_SPINCOUNT": "1000"}
     assert variables("shared", 2, cores=8) == variables("pinned", 2, cores=8) == {THREADS: "4", WAITING[0]: "passive"}
 
 
 @pytest.mark.parametrize(("ranks", "cores", "pinned"), [(1, 8, False), (2, 8, True), (2, 2, True), (4, 2, False)])
 def test_pinning_is_for_ranks_with_a_core_each(ranks: int, cores: int, pinned: bool) -> None:
     ways = [job.way for job in jobs_of(parse_arguments([]), "petra", ranks, cores)]
-    assert ways == ["default", "shared", *(["pinned"] if pinned else []), "one thread"]
+    assert ways == ["default", "shared", *(["pinned"] if pinned else []), "brief spin", "one thread"]
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
