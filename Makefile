@@ -8,6 +8,9 @@ ARGS ?=
 # another environment's build would fight over; so each environment has its own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
+# In whatever is started here, threads of OpenMP sleep while they wait for one another: ds_decoupled/threads.py says why.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train test lint install clean
 
 install: .venv/installed

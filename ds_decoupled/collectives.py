@@ -22,6 +22,16 @@ Told = tuple[str, tuple[Any, ...]] | None
 """What other ranks learn of a rank's error: the kind, and what it is made of."""
 
 
+def wait_for_all() -> None:
+    """All ranks are here, and all process groups that they made so far stand.
+
+    To be called before what may find a mistake: a rank that leaves resets the connections of those that still make theirs, and
+    they would tell of nothing but that.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def gather(value: Any) -> list[Any]:
     """``value`` of every rank; of this one alone where no process group stands."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -84,7 +84,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
             end = self.runner.train()
             self._after_call()
             loss = self.losses.mean()
-        self.step_log.seconds += time.perf_counter() - start
+        self.step_log.took(time.perf_counter() - start, whole=bool(self.losses))
         if end is not None:
             raise end.error or StopIteration(f"the data ended before micro-batch {end.micro_batch}; drain() finishes what is "
                                              "in flight")
@@ -100,6 +100,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         with self._training("drain"):
             self.runner.drain()
             self._after_call()
+            self.step_log.restart()
             return self.losses.mean()
 
     @property
@@ -155,6 +156,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         super().set_train_batch_size(train_batch_size)
         self.plan = self.runner.plan = replace(self.plan, k=self.micro_batches)
         self._set_k()
+        self.step_log.restart()
 
     # -- evaluation -------------------------------------------------------------------------------------------------------
 

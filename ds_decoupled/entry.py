@@ -17,7 +17,7 @@ from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, read_json
 from ds_decoupled.engine import DecoupledPipelineEngine
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.flushed import as_flushed
-from ds_decoupled.module import DecoupledPipelineModule, placement_of
+from ds_decoupled.module import DecoupledPipelineModule, placement_of, tied_keys
 from ds_decoupled.optim import client_from_json
 from ds_decoupled.settings.built import WITHOUT_RATE, check_scheduler
 from ds_decoupled.settings.check import as_deepspeed_reads_it, check_settings, comparable
@@ -153,7 +153,7 @@ def _check(config: dict[str, Any], block: DecoupledConfig, model: PipelineModule
         if rate_free and getattr(block, name):
             raise ConfigError(f"{BLOCK}.{name}", getattr(block, name), f"{config['optimizer']['type']} does not step in "
                               "proportion to its learning rate", "Leave it out, or take another optimizer.")
-    tied = compat.tied_keys(model)
+    tied = tied_keys(model)
     if tied and not axes.flush:
         raise ConfigError(f"{BLOCK}.update", "delayed", f"layers tied by {', '.join(map(repr, tied))} would drift apart: their "
                           "stages step at different times", "Untie them (from_hugging_face(..., untie_embeddings=True)), or "

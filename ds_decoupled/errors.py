@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -58,3 +61,18 @@ def one_line(error: BaseException) -> str:
     """The error's type and what it says, for another message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:1000] if text else type(error).__name__
+
+
+def naming(setting: str, value: Any, action: Callable[[], T]) -> T:
+    """``action``, which is DeepSpeed's: its raw errors get the name and the value of the setting that they come from.
+
+    Raises:
+        ConfigError: for any error that is not yet one of ours.
+    """
+    try:
+        return action()
+    except (ConfigError, RankError):
+        raise
+    except Exception as error:
+        raise ConfigError(setting, value, f"DeepSpeed cannot work with it here ({type(error).__name__}: {error})",
+                          "See https://www.deepspeed.ai/docs/config-json/.") from error

@@ -12,11 +12,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from ds_decoupled.collectives import agreed, from_rank
-from ds_decoupled.compat import (
-    PipelineModuleBase,
-    layer_parameters,
-    layer_specs,
-)
+from ds_decoupled.compat import PipelineModuleBase, layer_parameters, layer_specs
 from ds_decoupled.config import BLOCK, DecoupledConfig, block_of, check_bounds, read_json
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.blocks import block_starts
@@ -263,6 +259,12 @@ def place_within(parts: list[int], setting: int | str | list[int], weights: Sequ
 
 def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
     return balanced_bounds(weights, parts, last) if any(weights) else uniform_bounds(len(weights), parts)
+
+
+def tied_keys(module: PipelineModule) -> list[str]:
+    """Keys of tied layers that appear more than once."""
+    keys = [spec.key for spec in layer_specs(module) if isinstance(spec, TiedLayerSpec)]
+    return sorted({key for key in keys if keys.count(key) > 1})
 
 
 def placement_of(module: PipelineModule, setting: int | str | list[int], weights: Sequence[float]) -> Placement:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed.moe.layer import MoE
 
-from ds_decoupled import compat
 from ds_decoupled.collectives import together
+from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim import StageOptimizer
 from ds_decoupled.optim.sparse import complaint, sparse_layers
@@ -24,6 +25,11 @@ def _raise(error: ConfigError | None) -> None:
     together(found)
 
 
+def has_expert_layers(module: Any) -> bool:
+    """Whether a layer here is DeepSpeed's mixture of experts."""
+    return any(isinstance(m, MoE) for m in module.modules())
+
+
 def check_experts(module: Any) -> None:
     """Before DeepSpeed makes the groups of experts, which only the ranks that hold such a layer would join. A collective call.
 
@@ -33,7 +39,7 @@ def check_experts(module: Any) -> None:
     error = ConfigError("model", "deepspeed.moe.layer.MoE", "its experts are exchanged over groups of all ranks, and stages "
                         "that step on their own wait for nobody", "Take experts that live within a layer (a plain module), or "
                         '"method": "backprop", which is DeepSpeed\'s own engine.')
-    _raise(error if torch.distributed.get_world_size() > 1 and compat.has_expert_layers(module) else None)
+    _raise(error if torch.distributed.get_world_size() > 1 and has_expert_layers(module) else None)
 
 
 def check_zero(config: Any, optimizer: Any) -> None:
@@ -44,7 +50,7 @@ def check_zero(config: Any, optimizer: Any) -> None:
                           "evaluate alone.")
 
 
-def check_sparse(engine: compat.PipelineEngineBase, stages: Mapping[int, Stage],
+def check_sparse(engine: PipelineEngineBase, stages: Mapping[int, Stage],
                  optimizers: Mapping[int, StageOptimizer]) -> None:
     """Layers with sparse gradients need an optimizer that takes them. A collective call.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.losses import Losses
+from ds_decoupled.slow_updates import SlowUpdates
 from ds_decoupled.watchers import Breakdown
 
 
@@ -23,6 +25,17 @@ class StepLog:
     def __init__(self, engine: PipelineEngineBase, breakdown: Breakdown | None) -> None:
         self.engine, self.breakdown = engine, breakdown
         self.seconds = 0.0
+        self._slow = SlowUpdates(torch.get_num_threads())
+
+    def restart(self) -> None:
+        """The pipeline is empty, or k is another: updates take another time from here on."""
+        self._slow.restart()
+
+    def took(self, seconds: float, whole: bool) -> None:
+        """A call of ``train_batch`` took so long; ``whole``: with forward and backward passes, as when the pipeline is full."""
+        self.seconds += seconds
+        if whole:
+            self._slow.add(seconds)
 
     def after_batch(self, losses: Losses, loss: Tensor) -> None:
         """A call has made its update. While the pipeline fills it has no loss, and none is told."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_decoupled import compat
+
 
 class LiveBytes(TorchDispatchMode):
     """Within, bytes of storages that were made within and still live.
@@ -113,8 +115,7 @@ def count_live(job: Job, calls: int) -> dict[str, int]:
             return result
         return watched
 
-    name = "instruction_map" if runner.ours else "_INSTRUCTION_MAP"
-    setattr(engine, name, {kind: and_look(function) for kind, function in getattr(engine, name).items()})
+    compat.around_instructions(engine, and_look)
     with counter:
         for _ in range(runner.warm_up):
             runner.call()

@@ -15,6 +15,11 @@ start-up and the pipeline's fill: methods with a delayed update are timed in the
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores(tell=False)
+
 import argparse
 import math
 import sys

@@ -8,6 +8,11 @@ The picture shows how the runs went, or, with ``--against stages``, what they ca
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores(tell=False)
+
 import argparse
 import json
 import math

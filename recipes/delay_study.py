@@ -9,6 +9,11 @@ come, and a run that the output file holds already is not repeated: call it agai
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores(tell=False)
+
 import argparse
 import itertools
 import json
@@ -33,6 +38,7 @@ from tqdm import tqdm
 
 from ds_decoupled.config import PRESETS, parse_block
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.threads import usable_cores
 
 SIZES = {
     "micro_batches": ("to train on", COUNT), "blocks": ("of two half-blocks", 10_000), "width": ("of each stream", 1_000_000),
@@ -205,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and draw all that the output file holds."""
     args = parse_arguments(arguments)
     study = Study(**{f.name: getattr(args, f.name) for f in fields(Study)})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     try:
         wanted = settings_of(args)
         results = Results(args.output, study)

@@ -10,6 +10,11 @@ are refused.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores()
+
 import argparse
 from typing import Any
 

@@ -10,6 +10,11 @@ Byte by byte on the Python documentation's own topics, unless told otherwise: no
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores()
+
 import argparse
 from dataclasses import replace
 from pathlib import Path

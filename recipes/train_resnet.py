@@ -9,6 +9,11 @@ biases and batch norms, random crops and flips (digits are not flipped).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch loads OpenMP
+    from ds_decoupled.threads import share_cores
+
+    share_cores()
+
 import argparse
 import math
 from dataclasses import dataclass

@@ -17,6 +17,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's neighbour may be compi
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
+from ds_decoupled.threads import share_cores  # noqa: E402
+
+share_cores(tell=False)  # how processes wait that a test gives more threads
+
 import torch  # noqa: E402
 
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-from ds_decoupled import compat
 from ds_decoupled.errors import ConfigError
 
 OptimizerClass = Callable[..., torch.optim.Optimizer]
@@ -30,6 +30,11 @@ OptimizerClass = Callable[..., torch.optim.Optimizer]
 MATRIX_OPTIMIZERS = ("muon", "soap", "shampoo", "adafactor", "galore", "kron", "scion", "lbfgs")
 
 TYPE, PARAMS = "optimizer.type", "optimizer.params"
+
+
+def knows_optimizer(name: str) -> bool:
+    """Whether DeepSpeed takes ``name`` as an optimizer's type."""
+    return name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)
 
 
 def client_from_json(config: dict[str, Any]) -> Callable[[Any], torch.optim.Optimizer] | None:
@@ -45,7 +50,7 @@ def client_from_json(config: dict[str, Any]) -> Callable[[Any], torch.optim.Opti
         return None
     _check_flattened(config, name)
     if "." not in name:
-        if not compat.knows_optimizer(name):
+        if not knows_optimizer(name):
             raise ConfigError(TYPE, name, "neither DeepSpeed nor torch.optim has an optimizer of this name",
                               'Give its import path, such as "pytorch_optimizer.SOAP".')
         return None

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ds_decoupled import compat
 from ds_decoupled.collectives import gather
+from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.optim import sparse
+from ds_decoupled.optim import sparse, wrapped
 from ds_decoupled.optim.client import ClientOptimizer
 from ds_decoupled.optim.groups import Group, GroupsView
 from ds_decoupled.optim.lr_by_delay import divided_lr
@@ -30,7 +30,7 @@ class StageOptimizer:
         of: the rank's optimizers, of which this is one.
     """
 
-    def __init__(self, engine: compat.PipelineEngineBase, parameters: list[nn.Parameter], optimizer: Any,
+    def __init__(self, engine: PipelineEngineBase, parameters: list[nn.Parameter], optimizer: Any,
                  basic_optimizer: Any, lr_divisor: Callable[[int], float], of: StageOptimizers) -> None:
         self.engine, self.of = engine, of
         self.parameters = parameters
@@ -44,7 +44,7 @@ class StageOptimizer:
     def accumulate(self) -> None:
         """A micro-batch's gradients are in ``.grad``."""
         if self.optimizer is not None:
-            compat.accumulate(self.optimizer)
+            wrapped.accumulate(self.optimizer)
 
     def step(self) -> None:
         """Average over replicas, clip by the stage's own norm, step, clear; the LR scheduler counts this stage's updates."""
@@ -57,7 +57,8 @@ class StageOptimizer:
         if rows and self.engine.is_data_parallel:
             sparse.average(rows, self.engine.mpu.get_data_parallel_group())
         with divided_lr(self.basic_optimizer.param_groups, divisor):
-            self.grad_norm = compat.reduce_and_step(self.engine, self.optimizer, self.parameters, sparse.clip if rows else None)
+            clip = sparse.clip if rows else None
+            self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip)
         if self.lr_scheduler is not None and not getattr(self.optimizer, "overflow", False):  # as DeepSpeed counts
             advance(self.lr_scheduler, self.engine.train_batch_size())
         self.of.moved(self)
@@ -67,7 +68,7 @@ class StageOptimizer:
         state: dict[str, Any] = {"updates": self.updates}
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.state_dict()
-            state["accumulated"] = compat.accumulated(self.optimizer, self.parameters)
+            state["accumulated"] = wrapped.accumulated(self.optimizer, self.parameters)
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
             if isinstance(view := getattr(self.lr_scheduler, "optimizer", None), GroupsView):
@@ -78,8 +79,8 @@ class StageOptimizer:
         """The inverse of :meth:`state_dict`."""
         self.updates = state["updates"]
         if self.optimizer is not None:
-            compat.load_optimizer(self.optimizer, state["optimizer"], load_optimizer)
-            compat.restore_accumulated(self.optimizer, self.parameters, state["accumulated"])
+            wrapped.load_optimizer(self.optimizer, state["optimizer"], load_optimizer)
+            wrapped.restore_accumulated(self.optimizer, self.parameters, state["accumulated"])
         if self.lr_scheduler is not None and load_lr_scheduler and "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if isinstance(view := getattr(self.lr_scheduler, "optimizer", None), GroupsView):
@@ -89,8 +90,8 @@ class StageOptimizer:
     def weights_replaced(self) -> None:
         """The weights were loaded alone: nothing of the old ones is left, but for the optimizer's moments."""
         if self.optimizer is not None:
-            compat.refresh_masters(self.optimizer)
-            compat.drop_accumulated(self.optimizer, self.parameters)
+            wrapped.refresh_masters(self.optimizer)
+            wrapped.drop_accumulated(self.optimizer, self.parameters)
 
 
 class StageOptimizers(Optimizer):

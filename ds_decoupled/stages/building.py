@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_decoupled.collectives import from_rank
-from ds_decoupled.compat import PipelineModuleBase, layer_seeding
+from ds_decoupled.compat import PipelineModuleBase
 from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.layer_seeding import layer_seeding
 from ds_decoupled.schedules import Placement
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates

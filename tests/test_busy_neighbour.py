@@ -1,0 +1,87 @@
+"""The measurement beside busy programs: what it starts how, that it ends what it started, and a tiny run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+import busy_neighbour
+from busy_neighbour import Job, Timed, jobs_of, neighbours, parse_arguments, report, said_of_threads, variables
+
+from ds_decoupled.threads import THREADS, WAITING
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_ways() -> None:
+    assert variables("default", 2, cores=8) == {}
+    assert variables("one thread", 2, cores=8) == {THREADS: "1"}
+    assert variables("brief spin", 2, cores=8) == {THREADS: "4", "GOMP_SPINCOUNT": "1000"}
+    assert variables("shared", 2, cores=8) == variables("pinned", 2, cores=8) == {THREADS: "4", WAITING[0]: "passive"}
+
+
+@pytest.mark.parametrize(("ranks", "cores", "pinned"), [(1, 8, False), (2, 8, True), (2, 2, True), (4, 2, False)])
+def test_pinning_is_for_ranks_with_a_core_each(ranks: int, cores: int, pinned: bool) -> None:
+    ways = [job.way for job in jobs_of(parse_arguments([]), "petra", ranks, cores)]
+    assert ways == ["default", "shared", *(["pinned"] if pinned else []), "brief spin", "one thread"]
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(THREADS, "7")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "9")
+    before = dict(os.environ)
+    with said_of_threads({WAITING[0]: "passive"}):
+        assert {name: os.environ.get(name) for name in (THREADS, *WAITING)} == {
+            THREADS: None, WAITING[0]: "passive", "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
+    assert dict(os.environ) == before
+
+
+def test_busy_programs_end_with_the_timing() -> None:
+    with pytest.raises(KeyboardInterrupt), neighbours(2) as started:
+        assert [process.poll() for process in started] == [None, None]
+        raise KeyboardInterrupt
+    assert all(process.poll() is not None for process in started)
+
+
+def test_busy_programs_end_with_what_started_them() -> None:
+    code = ("import os, sys\nsys.path.insert(0, 'recipes')\nfrom busy_neighbour import neighbours\n"
+            "with neighbours(1) as started:\n    print(started[0].pid, flush=True)\n    os._exit(9)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parent, capture_output=True, text=True, timeout=120)
+    process = Path(f"/proc/{int(done.stdout.split()[-1])}")
+    for _ in range(100):
+        if not process.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{process} is still there")
+
+
+def test_table() -> None:
+    args = parse_arguments(["--neighbours", "0", "1"])
+    found = [Timed(Job("petra", 2, "shared", 16, 16), 1, {0: [0.1, 0.3, 0.2], 1: [0.5, 0.4, 0.9]})]
+    assert report(args, found).splitlines()[-1] == "| petra | 2 | shared | 1 | 0.200 | 0.500 |"
+
+
+def test_tiny_run(tmp_path: Path) -> None:
+    output = tmp_path / "busy.json"
+    done = subprocess.run([sys.executable, str(RECIPES / "busy_neighbour.py"), "--quick", "--methods", "petra", "--ranks", "2",
+                           "--neighbours", "0", "1", "--ways", "shared", "one thread", "--output", str(output)],
+                          capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(output.read_text())["measured"]
+    assert [(row["job"]["way"], row["job"]["ranks"], sorted(row["seconds"])) for row in measured] == [
+        ("shared", 2, ["0", "1"]), ("one thread", 2, ["0", "1"])]
+    assert all(seconds[0] > 0 for row in measured for seconds in row["seconds"].values())
+    assert "| petra | 2 | one thread | 1 |" in done.stdout
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--output"):
+        busy_neighbour.main(["--output", str(tmp_path)])
