@@ -58,6 +58,7 @@ def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag
     """Write a checkpoint; see :meth:`DecoupledPipelineEngine.save_checkpoint`."""
     if not save_dir:
         raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+    # Ranks that wrote to different folders would leave two halves of a checkpoint, and say nothing.
     tags = gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"save_checkpoint: the tag must be the same on every rank, got {sorted(set(tags))}")
@@ -116,6 +117,7 @@ def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag
     replica = engine.mpu.get_data_parallel_rank()
     for index, worker in parts.workers.items():
         saved = torch.load(_stage_file(folder, index, replica), map_location="cpu", weights_only=False)
+        # Records are made again by a forward pass, in the mode that it ran in.
         engine.module.train()
         worker.load_state_dict(saved, load_optimizer, load_lr_scheduler)
         for kind, messages in saved["pending"].items():

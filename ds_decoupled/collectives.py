@@ -54,6 +54,7 @@ def first_reason(error: Exception | None, group: Any, device: torch.device) -> s
 
     One number is reduced, because this stands in every training call; words are gathered only where there are any.
     """
+    # On the device, so that NCCL's group can reduce it.
     failed = torch.tensor([0 if error is None else 1], device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if not failed.item():
@@ -91,6 +92,7 @@ def together(action: Callable[[], T] | None) -> T | None:
         ConfigError: another rank's.
         RankError: if another rank failed of anything else; it says which and of what.
     """
+    # Nothing may raise before the gather: the other ranks are on their way to it and would wait for ever.
     result, failure = _attempt(action)
     _raise_first(failure, gather(_tell(failure)))
     return result
@@ -134,6 +136,7 @@ def _tell(error: Exception | None) -> Told:
 def _portable(value: Any) -> Any:
     """What another process can be told: functions and the like by their ``repr``."""
     try:
+        # Both ways: a class that was defined in a script can be pickled here and not be found there.
         pickle.loads(pickle.dumps(value))
     except Exception:
         return Verbatim(repr(value))

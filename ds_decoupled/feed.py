@@ -80,6 +80,7 @@ class Feed:
                          f"{describe_value(part)}; torch.as_tensor makes tensors of numbers and arrays")
 
     def _copy(self, tensor: Tensor) -> Tensor:
+        # A batch on its way may be read many ticks later, when the user's iterator has long filled the same tensor again.
         given = tensor.detach()
         moved = given.to(self.device, non_blocking=True)
         return given.clone() if moved is given else moved

@@ -117,6 +117,7 @@ class Network:
     def start_run(self, first: int, sent_up: int = 0) -> None:
         """Micro-batches from ``first`` on follow, of which ``sent_up`` have been sent to the next rank already."""
         self._sent_up = first + sent_up  # the first that has not been sent up
+        # A gradient comes back only for what was sent up, and the data may end before all of it was.
         self._gradients_to_come: deque[int] = deque()
         self._end: int | None = None
         for receiver in (self._forward.receiver, self._backward.receiver):

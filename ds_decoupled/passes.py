@@ -53,6 +53,7 @@ class Passes:
         """``count`` batches follow on ``channel``, numbered from ``first``; to be called before :meth:`forward`."""
         receiver = self.network.channels[channel].receiver
         if receiver is not None:
+            # An earlier pass may have found the end of its data, and this one brings data of its own.
             receiver.start()
             receiver.expect(range(first, first + count))
 

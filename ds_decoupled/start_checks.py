@@ -59,6 +59,7 @@ def check_sparse(engine: PipelineEngineBase, stages: Mapping[int, Stage],
     """
     error: ConfigError | None = None
     for index, stage in stages.items():
+        # Only the first mistake is told: the same optimizer serves all stages, and one sentence is what a user can act on.
         layers = sparse_layers(stage.layers)
         optimizer = optimizers[index]
         if not layers or optimizer.optimizer is None or error is not None:

@@ -30,6 +30,7 @@ class Costs:
     def of(self, stage: int, kind: Kind) -> float:
         """The cost of one action of ``stage``."""
         if (stage, kind) in self.stages:
+            # A measured time of one stage goes before what all stages are said to cost.
             return float(self.stages[stage, kind])
         if kind in self.kinds:
             return float(self.kinds[kind])

@@ -70,6 +70,7 @@ def encode_header(message: Message, codec: Codec) -> tuple[list[int], int]:
                                 "layer")
             header += [_DTYPE_ID[tensor.dtype], tensor.dim(), *tensor.shape]
             size += _aligned(tensor.numel() * codec.wire_dtype(tensor.dtype).itemsize)
+    # Padded, so that messages of one shape keep one size even if a number in the header needs more room.
     header += [0] * (-len(header) % HEADER_INTS)
     size += 8 * len(header)
     header[0], header[2] = size, len(header)

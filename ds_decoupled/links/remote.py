@@ -79,6 +79,7 @@ class RemoteSender:
 
     def wait_until_taken(self, timeout: float) -> None:
         """Wait until every message was taken: a process that ends before takes them with it."""
+        # Taken means that gloo has handed the buffer over, not that the peer's program has looked at it.
         self.under_way.wait_below(1, timeout)
 
     def _send(self, message: Message) -> None:
@@ -132,6 +133,7 @@ class RemoteReceiver:
 
     def expect(self, micro_batches: Iterable[int]) -> None:
         """The messages of ``micro_batches`` are sure to be sent, or an end of the data before them."""
+        # The caller's list was made before this side knew of the end.
         self._expected.extend(m for m in micro_batches if self.end is None or m < self.end)
         self._post()
 
@@ -182,6 +184,7 @@ class RemoteReceiver:
             raise LinkError(f"{what}: nothing came within {self.timeout.total_seconds():g} s, or that rank is gone "
                             f"({first_line(error)})") from error
         self._posted = None
+        # gloo does not say how much came: the header does (see links/message.py).
         size = wire.read_size(buffer)
         if size != buffer.numel():
             self._size = size

@@ -62,6 +62,7 @@ class UnderWay:
             self._works.append((work, buffer))
             self.peak = max(self.peak, len(self._works))
             if self._must_wait and self._thread is None:
+                # A daemon: a process that leaves does not wait for it, see ds_decoupled/leaving.py for what is waited for.
                 self._thread = threading.Thread(target=self._let_go, name=f"sends to {self.whom}", daemon=True)
                 self._thread.start()
             self._changed.notify_all()

@@ -51,6 +51,7 @@ def block_shapes(architecture: Architecture, width: int) -> list[BlockShape]:
     for group, depth in enumerate(architecture.depths):
         out_channels = (width << group) * (BOTTLENECK_EXPANSION if architecture.bottleneck else 1)
         for block in range(depth):
+            # The first group keeps the stem's resolution, as in torchvision's ResNet.
             shapes.append(BlockShape(channels, out_channels, 2 if group > 0 and block == 0 else 1))
             channels = out_channels
     return shapes

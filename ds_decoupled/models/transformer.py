@@ -154,6 +154,7 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor | Streams:
         x = self.embedding(ids)
+        # A clone: the two streams go different ways, and a layer may write into one of them.
         return (x, x.clone()) if self.streams == 2 else x
 
 
@@ -172,6 +173,7 @@ class LanguageModelHead(nn.Module):
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats; ``logits (N, T, vocab_size)``, ``targets (N, T)`` with -100 where none is asked for."""
+    # float: a softmax over a large vocabulary loses most of its bits in bf16.
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
 

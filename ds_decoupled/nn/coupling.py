@@ -30,6 +30,7 @@ def _parameter_dtype(module: nn.Module) -> torch.dtype | None:
 
 def _sum(own: Tensor | None, above: Tensor | None) -> Tensor | None:
     """Of two gradients, None for zero; ``own`` may be written to."""
+    # A leaf's own .grad belongs to nobody else; what came from above may still be a view of a message's buffer.
     return above if own is None else own if above is None else own.add_(above)
 
 
@@ -88,6 +89,7 @@ class ReversibleCoupling(nn.Module):
         with torch.enable_grad():
             x1, *beside = leaves((y2, *rest), True)
             residual = self._residual(x1, tuple(beside))
+        # Taken from the same value that the gradients are taken through: a second call of f would cost a forward pass.
         x2 = y1 - residual.detach()
         if dy1 is not None and residual.requires_grad:
             with torch.autocast(residual.device.type, enabled=False):  # the caller's is for forward passes

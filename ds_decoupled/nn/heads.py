@@ -158,6 +158,7 @@ class SharedReadout(nn.Module):
 
     def train(self, mode: bool = True) -> SharedReadout:
         """It is in evaluation mode always."""
+        # Batch norm and dropout of a copy that learns nothing would only add noise to what its stage learns from.
         super().train(False)
         return self
 
@@ -188,6 +189,7 @@ def one_tensor(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     first = outputs[0]
+    # Two tensors of one shape are a reversible layer's streams, whose sum is what its model's own head reads.
     if len(outputs) == 2 and outputs[1].shape == first.shape and outputs[1].is_floating_point():
         return first + outputs[1]
     return first

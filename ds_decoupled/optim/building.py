@@ -52,6 +52,7 @@ def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], 
             own = groups_with_heads(restrict(parameters, stage.trainable), stage.head_parameters)
             if own:
                 optimizer, basic = engine.build_optimizer(client, own)
+        # A stage of which the user's instance has no parameter does not learn.
         elif index in optimizers.client.basic:
             optimizer, basic = engine.build_optimizer(optimizers.client.basic[index], [])
             optimizers.client.built(index, basic)

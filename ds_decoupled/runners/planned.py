@@ -68,6 +68,8 @@ class PlannedRunner(Runner):
 
     def _run_until(self, tick: int) -> None:
         """Work through this rank's list up to ``tick``."""
+        # Receives are posted ahead, and only for what is sure to come: a receive that nobody answers would keep a rank from
+        # leaving. What is sure is in the neighbour's list, as far as this rank itself will go.
         ticks = range(self.tick, tick)
         self.network.expect(activations=self._sent_by(self.rank - 1, ticks, Slot.OUTPUT),
                             gradients=self._sent_by(self.rank + 1, ticks, Slot.INPUT_GRADIENT))
@@ -98,6 +100,7 @@ class PlannedRunner(Runner):
         return state[2] == 0
 
     def sent_up(self) -> int:
+        # The last ticks may have sent nothing (the pipeline was draining), so that this looks back to the last one that did.
         for tick in reversed(range(self.tick)):
             sent = [a.micro_batch for a in self.plan.tick(self.rank, tick, self.fed)
                     if a.kind.is_send and a.kind.takes is Slot.OUTPUT]

@@ -121,6 +121,7 @@ class Runner(ABC):
 
     def act(self, action: Action) -> None:
         """Carry out one action, unless the data ended before it."""
+        # A rank that has learned of the end goes on through its list: what came before the end still has to go its way.
         if not self.due(action):
             return
         for watcher in self.watchers:

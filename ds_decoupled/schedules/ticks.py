@@ -71,6 +71,7 @@ class Ticks:
         """The tick of a stage's (last) backward pass."""
         if self.window:
             return self.gradient(stage, self.reach(stage), micro_batch)
+        # Up from this stage to the last, which goes back in the tick of its forward, and down again.
         a, b = self.hops
         last = self.depth[-1]
         return micro_batch + a * last + b * (last - self.depth[stage])

@@ -37,6 +37,7 @@ class GraphSegment(Segment):
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
         inputs = leaves(inputs, self.need_input_grad)
         saved: list[weakref.ref[Saved]] = []
+        # A graph that held its weights would hold their old values: a copy of the model for every micro-batch in flight.
         with torch.enable_grad(), self.weights.by_reference(saved):
             outputs = self.layers.keep_input(inputs, micro_batch)
         self._records[micro_batch] = _Record(inputs, outputs, saved)
@@ -68,6 +69,7 @@ class GraphSegment(Segment):
         parameters = [p for p in self.weights.parameters if p.requires_grad]
         pairs = [(y, dy.to(y.dtype)) for y, dy in zip(as_tuple(record.outputs), grads) if y.requires_grad and dy is not None]
         if parameters and pairs:
+            # inputs=: without it autograd would go on to the input, whose gradient was sent down already.
             torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs], inputs=parameters)
 
     def kept(self) -> Iterator[Tensor]:

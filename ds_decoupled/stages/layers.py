@@ -54,6 +54,7 @@ class Layers:
 
         The first call finds out, on a copy, whether it does; only then are later inputs copied.
         """
+        # To copy every input would cost time and memory for the sake of the few models that begin with an in-place layer.
         if self._copy_input is not None:
             return self(map_tensors(Tensor.clone, inputs) if self._copy_input else inputs, micro_batch)
         copies = map_tensors(Tensor.clone, inputs)

@@ -32,6 +32,7 @@ def mix(*numbers: int) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within, torch's generators start from ``seed``; outside, nothing has happened to them."""
+    # fork_rng's own default asks every device, and warns where there are many.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -74,6 +75,7 @@ class LayerSeeds:
     def scope(self) -> Iterator[None]:
         """Leave the global generators as they were."""
         generators = _generators(self.device)
+        # The user's generators are his: what layers draw must not move them, and a shuffle of his must not change a mask.
         states = [g.get_state() for g in generators]
         others = None if self.own is None else (random.getstate(), np.random.get_state())
         try:

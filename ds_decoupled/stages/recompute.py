@@ -24,6 +24,7 @@ class RecomputeSegment(Segment):
         self._inputs: dict[int, Tensors] = {}
 
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
+        # Not a copy: keep_input leaves the tensor as it is, even under a first layer that works in place.
         self._inputs[micro_batch] = detach(inputs)
         with torch.no_grad(), self.layers.buffers.held():
             return self.layers.keep_input(inputs, micro_batch)

@@ -46,6 +46,7 @@ class ReversibleSegment(Segment):
         self._inverted: dict[int, Buffers] = {}  # of layers that an inverse and then a forward pass run through
 
     def forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
+        # Looked at once, at the first micro-batch: a layer that writes into its input does so always.
         before = [t._version for t in as_tuple(inputs)]
         with torch.no_grad(), self.layers.buffers.held():
             outputs = self.layers(inputs, micro_batch)
@@ -79,6 +80,7 @@ class ReversibleSegment(Segment):
         if hasattr(layer, "reverse"):
             with self.layers.autocast.forward():
                 return layer.reverse(outputs, grads)
+        # Made here, because most layers have a fused reverse and need none.
         if index not in self._inverted:
             self._inverted[index] = Buffers([layer])
         with torch.no_grad(), self.layers.autocast.forward(), self._inverted[index].held():

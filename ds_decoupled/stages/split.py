@@ -32,6 +32,8 @@ class DeferredWeightGradients:
         for layer in layers:
             if isinstance(layer, nn.Module):
                 for module in layer.modules():
+                    # Not subclasses: their forward may do more than the function below. Not other padding modes: they pad
+                    # before they convolve, and that padding would need its own backward.
                     if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.weight.requires_grad and (
                             getattr(module, "padding_mode", "zeros") == "zeros"):
                         self._defer(module)
@@ -40,6 +42,7 @@ class DeferredWeightGradients:
         function = _DeferredConv if isinstance(module, _ConvNd) else _DeferredLinear
 
         def forward(x: Tensor) -> Tensor:
+            # A forward pass that nobody goes back through (evaluation, the first of a recomputed stage) puts nothing off.
             if not (self._active and torch.is_grad_enabled()):
                 return type(module).forward(module, x)
             return function.apply(x, module.weight, module.bias, module, self._jobs)
@@ -100,6 +103,7 @@ class _DeferredConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         module = ctx.module
+        # "same" and "valid" are words, where convolution_backward wants numbers.
         padding = module._reversed_padding_repeated_twice[::-2] if isinstance(module.padding, str) else module.padding
         has_bias = module.bias is not None
 

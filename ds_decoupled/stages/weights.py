@@ -154,6 +154,7 @@ class Weights:
         entry = self._ranges.get(tensor.untyped_storage().data_ptr())
         if entry is None or not tensor.numel():
             return None
+        # Several parameters may share one storage (bf16 and ZeRO flatten them), so the right one is looked up by its address.
         starts, ends = entry
         start = tensor.data_ptr()
         position = bisect_right(starts, start) - 1
@@ -170,6 +171,7 @@ class Weights:
         if found is None:
             return self._cast_weight(tensor) or SavedActivation(tensor)
         index, distance = found
+        # A view as another type (complex, bits) cannot be made again from a shape and a stride.
         if tensor.dtype != self.parameters[index].dtype:
             return SavedActivation(tensor)
         return WeightReference(index, tuple(tensor.shape), tensor.stride(), distance // tensor.element_size(), self.version)
@@ -177,6 +179,7 @@ class Weights:
     def _cast_weight(self, tensor: Tensor) -> WeightReference | None:
         """A note where ``tensor`` is a parameter's cast to another type, as autocast makes them: known by its history, because
         its storage is its own."""
+        # A linear map saves the transpose of the cast weight, which is a view of the cast.
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
         cast = base.grad_fn
         if cast is None or cast.name() != "ToCopyBackward0":
@@ -215,6 +218,7 @@ class Weights:
         """Like :meth:`by_reference`, but graphs built within hold ``contents``, in the order in which they were listed,
         and not what the running computation saves: so a graph comes back from a checkpoint whatever the weights are
         by now."""
+        # The same layers on the same shapes save the same number of tensors in the same order.
         remaining = iter(contents)
 
         def pack(tensor: Tensor) -> Saved:

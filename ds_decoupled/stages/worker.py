@@ -43,6 +43,7 @@ class Worker:
 
     def act(self, kind: Kind, micro_batch: int) -> Outcome:
         """One action. For an update ``micro_batch`` is the update's number."""
+        # Weights' gradients that were put off lie in the stage, not in a queue; an update takes nothing.
         taken: tuple[Any, ...] = ()
         if kind.takes is not None and kind.takes in self.queues:
             queue = self.queues[kind.takes]
@@ -51,6 +52,7 @@ class Worker:
         for slot, parts in outcome.given.items():
             if slot in self.queues:
                 self.queues[slot].send(Message(micro_batch, parts))
+        # Before the optimizer: in bf16 it moves the gradients away to its float32 copies.
         for watcher in self.watchers:
             watcher.acted(Action(self.stage.index, kind, micro_batch), outcome)
         if outcome.loss is not None and self.tell_loss is not None:

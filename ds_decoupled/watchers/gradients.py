@@ -52,6 +52,7 @@ class GradientTracker(Watcher):
         """Where a backward pass follows, set aside what has been accumulated."""
         if action.kind.ends and action.micro_batch % self.every == 0:
             parameters = self.passes.stages[action.stage].trainable
+            # With k > 1 .grad holds the sum of earlier micro-batches, and it is this one's share that is compared.
             self._accumulated = [p.grad for p in parameters]
             for p in parameters:
                 p.grad = None
@@ -109,6 +110,7 @@ class GradientTracker(Watcher):
 
     def _exact(self, micro_batch: int) -> dict[int, list[Tensor | None]]:
         """The stages' gradients of ``micro_batch`` by plain backpropagation, scaled as in training."""
+        # A graph of its own for every stage, as between ranks: one graph over all stages would pass through detached tensors.
         ends: list[tuple[Stage, Tensors, Tensors]] = []
 
         def through(stage: Stage, x: Tensors, beside: list[Any]) -> Tensors:
