@@ -54,7 +54,7 @@ def initialize(args: Any = None, model: Any = None, optimizer: Any = None, model
     if setup is None:
         return deepspeed.initialize(**given)
     settings, block = setup
-    # Before DeepSpeed makes its all-reduce buffer in /dev/shm, whose name would outlive a process that is killed.
+    # Every rank has mapped the others' all-reduce buffers by now; their names would outlive a process that is killed.
     release_names()
     given |= {"config": settings, "config_params": None}
     if optimizer is None:
