@@ -3,14 +3,17 @@
 A field's type, its range and the words for it stand together; :func:`read_model` is the one place that makes a
 :class:`~ds_decoupled.errors.ConfigError` of a pydantic error, for blocks within blocks too.
 
->>> from typing import Annotated
 >>> from pydantic import Field
 >>> class Replay(BaseModel):
 ...     model_config = STRICT
-...     size: Annotated[int, Field(ge=1), Words("micro-batches kept, at least 1", "Leave it out for 8.")] = 8
+...     size: int = Field(8, ge=1)
 >>> read_model(Replay, {"size": 0}, "decoupled.replay")
 Traceback (most recent call last):
-ds_decoupled.errors.ConfigError: "decoupled.replay.size": 0 cannot be used: micro-batches kept, at least 1. Leave it out for 8.
+ds_decoupled.errors.ConfigError: "decoupled.replay.size": 0 cannot be used: needed is greater than or equal to 1. \
+Give such a number, or leave it out.
+
+With words of its own:
+``size: Annotated[int, Field(ge=1), Words("micro-batches kept, at least 1", "Leave it out for 8.")] = 8``.
 """
 
 from __future__ import annotations
