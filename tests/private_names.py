@@ -15,8 +15,8 @@ from typing import Any
 
 OURS = "ds_decoupled"
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-#: Of Python itself; the first three are documented under these names.
-STANDARD = {"_asdict", "_fields", "_replace", "_exit"}
+#: Of named tuples; they are documented under these names.
+STANDARD = {"_asdict", "_fields", "_replace"}
 #: What others put on the objects of a class, and look for there.
 PUT_ON = {"torch.optim.Optimizer": {"_opt_called"}}  # torch.optim.lr_scheduler
 
@@ -34,7 +34,8 @@ class Touch:
         return f"{self.file}:{self.line}: {self.name}"
 
 
-def touched(sources: Mapping[str, str], foreign: frozenset[str], inside: str) -> list[Touch]:
+def touched(sources: Mapping[str, str], foreign: frozenset[str], inside: str,
+            known: frozenset[str] = frozenset()) -> list[Touch]:
     """All touches in ``sources``.
 
     Args:
@@ -42,14 +43,19 @@ def touched(sources: Mapping[str, str], foreign: frozenset[str], inside: str) ->
         foreign: names of DeepSpeed's objects: DeepSpeed's wherever another object than ``self`` is asked for them, even if a
             class of ours has one of that name.
         inside: the folder where every attribute that is written into another object counts.
+        known: names that are touches wherever they are spelled out; others only as an argument of ``getattr`` and its like.
     """
-    files = [_File(path, ast.parse(text)) for path, text in sources.items()]
-    classes = {found.name: found for file in files for found in file.classes}
+    files = [_file(path, text) for path, text in sources.items()]
+    classes: dict[str, list[str]] = {}  # the bases of all classes of a name
+    for file in files:
+        for name, bases in file.classes:
+            classes.setdefault(name, []).extend(bases)
     made = {name for file in files for name in file.made}
+    of_class = {name: _foreign_members(name, classes) for name in classes}
     found: set[Touch] = set()
     for file in files:
-        for touch, of_self in file.touches(inside):
-            members = _foreign_members(of_self, classes) if of_self is not None else foreign
+        for touch, of_self in file.touches(inside, foreign | known):
+            members = of_class[of_self] if of_self is not None else foreign
             if touch.name in STANDARD:
                 continue
             if touch.written or touch.name in members or touch.name not in made:
@@ -58,18 +64,13 @@ def touched(sources: Mapping[str, str], foreign: frozenset[str], inside: str) ->
 
 
 @dataclass
-class _Class:
-    name: str
-    bases: list[str]  # dotted
-
-
-@dataclass
 class _File:
     path: str
     tree: ast.Module
     imports: dict[str, str] = field(default_factory=dict)  # names in this file to dotted paths
-    classes: list[_Class] = field(default_factory=list)
+    classes: list[tuple[str, list[str]]] = field(default_factory=list)  # with their bases, dotted
     made: set[str] = field(default_factory=set)
+    walked: dict[tuple[str, frozenset[str]], list[tuple[Touch, str | None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in ast.walk(self.tree):
@@ -82,7 +83,7 @@ class _File:
         for node in ast.walk(self.tree):
             match node:
                 case ast.ClassDef(name=name, bases=bases):
-                    self.classes.append(_Class(name, [self.dotted(base) for base in bases]))
+                    self.classes.append((name, [self.dotted(base) for base in bases]))
                     self.made.add(name)
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                     self.made.add(name)
@@ -109,11 +110,20 @@ class _File:
                 and not self.imports[node.id].startswith(OURS)
                 and self.imports[node.id].partition(".")[0] not in sys.stdlib_module_names)
 
-    def touches(self, inside: str) -> Iterator[tuple[Touch, str | None]]:
-        """Every private name, and the class of ours whose ``self`` has it, else None."""
-        yield from self._walk(self.tree, None, self.path.startswith(inside))
+    def standard(self, node: ast.expr) -> bool:
+        """Whether ``node`` comes from Python's own library: ``multiprocessing.current_process()``."""
+        while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+            node = node.func if isinstance(node, ast.Call) else node.value
+        return isinstance(node, ast.Name) and self.imports.get(node.id, "").partition(".")[0] in sys.stdlib_module_names
 
-    def _walk(self, node: ast.AST, within: str | None, counts_writing: bool) -> Iterator[tuple[Touch, str | None]]:
+    def touches(self, inside: str, known: frozenset[str]) -> list[tuple[Touch, str | None]]:
+        """Every private name, and the class of ours whose ``self`` has it, else None."""
+        if (inside, known) not in self.walked:
+            self.walked[inside, known] = list(self._walk(self.tree, None, self.path.startswith(inside), known))
+        return self.walked[inside, known]
+
+    def _walk(self, node: ast.AST, within: str | None, counts_writing: bool,
+              known: frozenset[str]) -> Iterator[tuple[Touch, str | None]]:
         line, names, written = getattr(node, "lineno", 0), list[str](), list[str]()
         of_self: str | None = None
         match node:
@@ -124,14 +134,16 @@ class _File:
                             yield Touch(self.path, statement.lineno, made), name
                 within = name
             case ast.Attribute(value=value, attr=attr, ctx=ctx):
-                if PRIVATE.fullmatch(attr):
+                if PRIVATE.fullmatch(attr) and not self.standard(value):
                     names, of_self = [attr], within if _is_self(value) else None
                 if isinstance(ctx, ast.Store | ast.Del) and not _is_self(value) and (counts_writing or self.imported(value)):
                     written = [attr]
-            case ast.Call(func=ast.Name(id="setattr" | "delattr"), args=[owner, ast.Constant(value=str(attr)), *_]):
-                written = [attr] if self.imported(owner) else []
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr" | "delattr" as does),
+                          args=[owner, ast.Constant(value=str(attr)), *_]):
+                written = [attr] if does in ("setattr", "delattr") and self.imported(owner) else []
+                names = [attr] if PRIVATE.fullmatch(attr) and not _is_self(owner) else []
             case ast.Constant(value=str(text)):
-                names = [text] if PRIVATE.fullmatch(text) else []
+                names = [text] if PRIVATE.fullmatch(text) and text in known else []
             case ast.Import():
                 names = [part for alias in node.names for part in alias.name.split(".") if PRIVATE.fullmatch(part)]
             case ast.ImportFrom(module=str(module)):
@@ -144,7 +156,12 @@ class _File:
             if not name.startswith("__"):
                 yield Touch(self.path, line, name, written=True), None
         for child in ast.iter_child_nodes(node):
-            yield from self._walk(child, within, counts_writing)
+            yield from self._walk(child, within, counts_writing, known)
+
+
+@functools.cache
+def _file(path: str, text: str) -> _File:
+    return _File(path, ast.parse(text))
 
 
 def _defined(statement: ast.stmt) -> list[str]:
@@ -165,10 +182,10 @@ def _is_self(node: ast.expr) -> bool:
     return False
 
 
-def _foreign_members(name: str, classes: Mapping[str, _Class]) -> frozenset[str]:
+def _foreign_members(name: str, classes: Mapping[str, list[str]]) -> frozenset[str]:
     """The private names that a class of ours has from classes of other packages."""
     members: frozenset[str] = frozenset()
-    for base in classes[name].bases:
+    for base in classes[name]:
         last = base.rpartition(".")[2]
         if last in classes and last != name:
             members |= _foreign_members(last, classes)

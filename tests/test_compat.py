@@ -55,7 +55,8 @@ def sources() -> dict[str, str]:
 
 def complaints(texts: dict[str, str], declared: set[str], elsewhere: set[str]) -> list[str]:
     """What is wrong with the lists, or with where names are touched."""
-    found: list[Touch] = touched({path: text for path, text in texts.items() if path != LIST}, DEEPSPEED, INSIDE)
+    texts = {path: text for path, text in texts.items() if path != LIST}
+    found = touched(texts, DEEPSPEED, INSIDE, known=frozenset(declared | elsewhere))
     here = [touch for touch in found if touch.file.startswith(INSIDE)]
     there = [touch for touch in found if not touch.file.startswith(INSIDE)]
     return [
@@ -84,6 +85,9 @@ MUTATIONS = {
                              "DeepSpeed's, touched outside"),
     "by name outside": ("ds_decoupled/engine.py", "def more(module: Any) -> Any:\n    return getattr(module, '_topo')",
                         "DeepSpeed's, touched outside"),
+    "by a name that is no argument": ("ds_decoupled/engine.py", "more = ['_topo']", "DeepSpeed's, touched outside"),
+    "by a name that is known nowhere": ("ds_decoupled/engine.py", "def more(x: Any) -> Any:\n    return hasattr(x, '_grad_fn')",
+                                        "in no list"),
     "an override outside": ("ds_decoupled/engine.py",
                             "class More(DecoupledPipelineEngine):\n    def _exec_reduce_grads(self) -> None: ...",
                             "DeepSpeed's, touched outside"),
@@ -114,6 +118,15 @@ def test_what_is_listed_besides_is_found() -> None:
     text = sources()
     text[INSIDE + "module.py"] = text[INSIDE + "module.py"].replace("_local_start", "local_start")
     assert complaints(text, DECLARED, ELSEWHERE) == ["declared, but not touched: _local_start"]
+
+
+def test_pythons_own_names_are_no_touches() -> None:
+    text = "import multiprocessing as mp\nmp.current_process()._config['daemon'] = False\nother._config = 1"
+    assert touched({"own.py": text}, frozenset({"_config"}), INSIDE) == [Touch("own.py", 3, "_config")]
+
+
+def test_words_are_no_touches() -> None:
+    assert not touched({"own.py": "def of(name):\n    return name.endswith('_lm')"}, frozenset(), INSIDE)
 
 
 def test_own_names_are_no_touches() -> None:
