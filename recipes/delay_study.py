@@ -17,28 +17,22 @@ if __name__ == "__main__":  # before torch loads OpenMP
 import argparse
 import itertools
 import json
-import multiprocessing as mp
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, fields
-from multiprocessing.connection import Connection, wait
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import common
-from bench_report import environment, headline
-from delay_report import draw, tables
-from delay_run import OPTIMIZERS, Setting, Study, child
-from options import COUNT, SEEDS, number, refuse_beyond_memory, refuse_unused, whole
-from places import check_file, check_picture
-from text_data import Bytes, Corpus, read_text
-from tqdm import tqdm
-
+from data.text import read_text
+from data.tokens import Bytes
+from data.windows import Corpus
 from ds_decoupled.config import PRESETS, parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.threads import usable_cores
+from run.options import COUNT, SEEDS, number, refuse_beyond_memory, refuse_unused, whole
+from run.places import check_file, check_picture
+from run.tables import environment, headline
+from studies.report import draw, tables
+from studies.results import Results, execute
+from studies.settings import OPTIMIZERS, Setting, Study
 
 SIZES = {
     "micro_batches": ("to train on", COUNT), "blocks": ("of two half-blocks", 10_000), "width": ("of each stream", 1_000_000),
@@ -49,7 +43,6 @@ SIZES = {
 """What all runs share, and the most that is taken of each."""
 GRID = {"stages": [2, 4, 8], "hops": ["0,1"], "lr_by_delay": [0], "block": ["{}"]}
 """What the grid goes through, unless told otherwise; not every method knows each."""
-
 LEARNING_RATE = {"adamw": 1e-3, "muon": 1e-3, "nadam": 1e-3, "soap": 3e-3}
 
 
@@ -116,40 +109,6 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return sorted(dict.fromkeys(found), key=lambda setting: setting.method != "backprop")
 
 
-class Results:
-    """The output file: a list of runs of one study, written whenever one is added.
-
-    Raises:
-        ConfigError: if the file holds another study, or none.
-    """
-
-    def __init__(self, path: Path, study: Study) -> None:
-        self.path, self.study = path, study
-        self.runs: dict[Setting, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_text())
-            held, runs = content["study"], content["runs"]
-            self.runs = {Setting(**{**run["setting"], "hops": tuple(run["setting"]["hops"])}): run for run in runs}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError("--output", str(path), f"it holds no delay study ({error!r})", "Give another name.") from error
-        if held != asdict(study):
-            other = {f.name: held.get(f.name) for f in fields(Study) if held.get(f.name) != getattr(study, f.name)}
-            raise ConfigError("--output", str(path), f"it holds a study with other settings: {other}", "Give another name.")
-
-    def missing(self, wanted: list[Setting]) -> list[Setting]:
-        """Those not done, or failed, in order."""
-        return [setting for setting in wanted if "validation_loss" not in self.runs.get(setting, {})]
-
-    def add(self, setting: Setting, run: dict[str, Any]) -> None:
-        """Add a run and write the file anew; it is never half written."""
-        self.runs[setting] = {"setting": asdict(setting), **run}
-        part = self.path.with_suffix(".part")
-        common.write_json(part, {"environment": environment(), "study": asdict(self.study), "runs": list(self.runs.values())})
-        os.replace(part, self.path)
-
-
 def check_study(args: argparse.Namespace, study: Study) -> None:
     """Refuse what every run would fail with, and what could not be written in the end."""
     if study.width % (2 * study.heads):
@@ -164,47 +123,6 @@ def check_study(args: argparse.Namespace, study: Study) -> None:
     check_picture("--plot", args.plot or args.output.with_suffix(".png"))
     if args.output == (args.plot or args.output.with_suffix(".png")):
         raise ConfigError("--output", str(args.output), "the picture would go to the same file", "End its name with .json")
-
-
-def execute(settings: list[Setting], study: Study, jobs: int, threads: int) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Run ``settings``, ``jobs`` at a time, each in a process of its own; yields them as they end."""
-    context = mp.get_context("spawn")
-    waiting = list(reversed(settings))
-    running: dict[Connection, tuple[Setting, Any, Path, int]] = {}
-    bar = tqdm(total=len(settings) * study.micro_batches, unit="micro-batch", mininterval=0.5, smoothing=0.05)
-    with tempfile.TemporaryDirectory(prefix="delay-study-") as folder:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    setting = waiting.pop()
-                    log = Path(folder) / f"{len(waiting)}.log"
-                    here, there = context.Pipe(duplex=False)
-                    process = context.Process(target=child, args=(there, setting, study, threads, log), daemon=True)
-                    process.start()
-                    there.close()
-                    running[here] = setting, process, log, 0
-                for pipe in wait(list(running)):
-                    assert isinstance(pipe, Connection)
-                    setting, process, log, done = running[pipe]
-                    try:
-                        kind, value = pipe.recv()
-                    except EOFError:
-                        kind, value = "error", f"the process died; the end of its log:\n{log.read_text()[-1000:]}"
-                    if kind == "progress":
-                        bar.update(value - done)
-                        running[pipe] = setting, process, log, value
-                        continue
-                    del running[pipe]
-                    process.join(10)
-                    bar.update(study.micro_batches - done)
-                    result = value if kind == "done" else {"error": value}
-                    said = f"{value['validation_loss']:.3f} nats" if kind == "done" else f"failed: {value}"
-                    bar.write(f"{setting.label}: {said}", file=sys.stderr)
-                    yield setting, result
-        finally:
-            for _, process, _, _ in running.values():
-                process.kill()
-            bar.close()
 
 
 def main(arguments: list[str] | None = None) -> None:

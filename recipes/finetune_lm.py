@@ -18,13 +18,12 @@ if __name__ == "__main__":  # before torch loads OpenMP
 import argparse
 from typing import Any
 
-import common
-import hugging_face_layers
-import language_model
-import training
-from options import number, refuse_unused, whole
-
+import lm.training
 from ds_decoupled.errors import ConfigError
+from lm import hugging_face
+from run.options import number, refuse_unused, whole
+from run.processes import distributed
+from run.setup import Setup
 
 LR = 2e-4
 
@@ -32,15 +31,15 @@ LR = 2e-4
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that save_pretrained wrote, or a hub name")
-    hugging_face_layers.add_arguments(parser)
+    hugging_face.add_arguments(parser)
     parser.add_argument("--lora_rank", type=whole(0, 10_000), default=0,
                         help="of adapters, which then are all that is trained (default: 0, none)")
     parser.add_argument("--lora_alpha", type=number(0, above=True), help="scale of the adapters (default: twice the rank)")
     parser.add_argument("--lora_targets", nargs="+", metavar="NAME",
                         help="layers that get adapters, or all-linear (default: peft's for this architecture)")
     parser.add_argument("--adapters_only", action="store_true", help="--output gets the adapters, not the whole model")
-    language_model.add_arguments(parser, data=None, sequence_length=128, micro_batches=1000, lr=LR,
-                                 summary="runs/finetune_METHOD.json")
+    lm.training.add_arguments(parser, data=None, sequence_length=128, micro_batches=1000, lr=LR,
+                              summary="runs/finetune_METHOD.json")
     return parser.parse_args()
 
 
@@ -63,16 +62,16 @@ def lora(args: argparse.Namespace) -> Any:
 
 
 def train(args: argparse.Namespace) -> None:
-    setup = training.Setup.of(args)
-    layers, tokenizer = hugging_face_layers.model_of(args, setup, peft_config=lora(args))
-    engine = language_model.run(args, setup, layers, tokenizer, lr=LR, name="finetune", title=f"{args.model} on {args.data}",
-                                test_first=True, model=args.model, lora_rank=args.lora_rank)
-    hugging_face_layers.save(args, engine, tokenizer, merge_adapters=not args.adapters_only)
+    setup = Setup.of(args)
+    layers, tokenizer = hugging_face.model_of(args, setup, peft_config=lora(args))
+    engine = lm.training.run(args, setup, layers, tokenizer, lr=LR, name="finetune", title=f"{args.model} on {args.data}",
+                             test_first=True, model=args.model, lora_rank=args.lora_rank)
+    hugging_face.save(args, engine, tokenizer, merge_adapters=not args.adapters_only)
 
 
 def main() -> None:
     args = parse_arguments()
-    with common.distributed(args.backend):
+    with distributed(args.backend):
         train(args)
 
 

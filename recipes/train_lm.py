@@ -2,7 +2,7 @@
 
     deepspeed recipes/train_lm.py --deepspeed_config ds_configs/petra_lm.json
     deepspeed --num_gpus 4 recipes/train_lm.py --deepspeed_config ds_configs/petra_lm.json --data shakespeare.txt --model small
-    deepspeed recipes/train_lm.py --deepspeed_config ds_configs/dsp_lm.json --model recipes/tiny_llama.json --output llama
+    deepspeed recipes/train_lm.py --deepspeed_config ds_configs/dsp_lm.json --model recipes/lm/tiny_llama.json --output llama
 
 The first two are reversible GPTs, which PETRA needs; the last one any architecture of transformers, by its config.json.
 Byte by byte on the Python documentation's own topics, unless told otherwise: nothing is downloaded.
@@ -20,15 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import common
-import hugging_face_layers
-import language_model
-import training
-from options import number, refuse_unused, whole
-from text_data import Tokenizer, tokenizer_of
-
+import lm.training
+from data.tokens import Tokenizer, tokenizer_of
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import SIZES, build_gpt
+from lm import hugging_face
+from run.options import number, refuse_unused, whole
+from run.processes import distributed
+from run.setup import Setup
 
 LR, EMBEDDING_STD = 1e-3, 0.3
 
@@ -42,9 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=number(0, 1, below=True), help="of a GPT (default: 0)")
     parser.add_argument("--embedding_std", type=number(0, above=True), help="of a GPT: scale of the stream against what blocks "
                         f"add; larger bears delay better (default: {EMBEDDING_STD})")
-    hugging_face_layers.add_arguments(parser)
-    language_model.add_arguments(parser, data="topics", sequence_length=64, micro_batches=1000, lr=LR,
-                                 summary="runs/lm_METHOD.json")
+    hugging_face.add_arguments(parser)
+    lm.training.add_arguments(parser, data="topics", sequence_length=64, micro_batches=1000, lr=LR,
+                              summary="runs/lm_METHOD.json")
     return parser.parse_args()
 
 
@@ -60,7 +59,7 @@ def gpt(args: argparse.Namespace) -> tuple[list[Any], Tokenizer]:
 
 
 def train(args: argparse.Namespace) -> None:
-    setup = training.Setup.of(args)
+    setup = Setup.of(args)
     own = args.model in SIZES
     if not own and not Path(args.model).exists():
         raise ConfigError("--model", args.model, f"it is neither a size ({', '.join(SIZES)}) nor a config.json of transformers")
@@ -69,16 +68,16 @@ def train(args: argparse.Namespace) -> None:
     else:
         refuse_unused(args, {"plain": False, "blocks": None, "dropout": None, "embedding_std": None},
                       f"it is for this project's GPTs, and {args.model} says by itself what the model is", "Write it there")
-    layers, tokenizer = gpt(args) if own else hugging_face_layers.model_of(args, setup, fresh=True)
+    layers, tokenizer = gpt(args) if own else hugging_face.model_of(args, setup, fresh=True)
     what = f"{'plain' if args.plain else 'reversible'} GPT {args.model}" if own else f"new {args.model}"
-    engine = language_model.run(args, setup, layers, tokenizer, lr=LR, name="lm", title=f"{what} on {args.data}",
-                                model=args.model, reversible=own and not args.plain)
-    hugging_face_layers.save(args, engine, tokenizer)
+    engine = lm.training.run(args, setup, layers, tokenizer, lr=LR, name="lm", title=f"{what} on {args.data}",
+                             model=args.model, reversible=own and not args.plain)
+    hugging_face.save(args, engine, tokenizer)
 
 
 def main() -> None:
     args = parse_arguments()
-    with common.distributed(args.backend):
+    with distributed(args.backend):
         train(args)
 
 

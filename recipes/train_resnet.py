@@ -19,18 +19,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import common
 import torch
 import torch.distributed as dist
-import training
 from deepspeed.pipe import LayerSpec
-from image_data import NAMED, SMALLEST, ImageData, load_images
-from micro_batches import MicroBatches, Samples, in_order
-from options import number, refuse_beyond_memory, refuse_unused, whole
 from torch import nn
 
+import run.evaluation
+import run.training
+from data.images import NAMED, load_images
+from data.micro_batches import MicroBatches, Samples, in_order
+from data.samples import SMALLEST, ImageData
+from ds_decoupled.collectives import from_rank, together
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
+from run.arguments import add_run_arguments
+from run.options import number, refuse_beyond_memory, refuse_unused, whole
+from run.processes import distributed
+from run.rates import lr_schedule, set_peak_lr
+from run.results import report, summarize
+from run.setup import Setup
 
 STEPS_SMALL = (150 / 300, 225 / 300)
 STEPS_IMAGENET = (30 / 90, 60 / 90, 80 / 90)
@@ -50,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "steps"), help="(default: cosine)")
     parser.add_argument("--warmup_epochs", type=number(0), help="default: 5, at most a fifth of all epochs")
     parser.add_argument("--eval_every", type=whole(1), default=1, help="epochs from test to test (default: 1)")
-    training.add_run_arguments(parser, stretch="epochs", summary="runs/METHOD.json")
+    add_run_arguments(parser, stretch="epochs", summary="runs/METHOD.json")
     return parser.parse_args()
 
 
@@ -73,13 +80,13 @@ def load(args: argparse.Namespace, holds_data: bool) -> tuple[ImageData | None, 
 
     # One rank downloads, then the others find the files.
     goes_first = args.data != "cifar10" or dist.get_rank() == 0
-    images = common.together(read if holds_data and goes_first else None)
-    images = common.together(read if holds_data and not goes_first else None) or images
+    images = together(read if holds_data and goes_first else None)
+    images = together(read if holds_data and not goes_first else None) or images
     facts = None
     if images is not None:
         counts = len(images.train.labels), len(images.test.labels)
         facts = DataFacts(images.num_classes, images.image_size, images.form, *counts)
-    facts = common.from_rank(0, facts)
+    facts = from_rank(0, facts)
     assert facts is not None
     return images, facts
 
@@ -87,12 +94,12 @@ def load(args: argparse.Namespace, holds_data: bool) -> tuple[ImageData | None, 
 def evaluate(engine: Any, test: Samples | None, count: int, micro_batch: int) -> float:
     """Share of the ``count`` test images that the model classifies rightly, on every rank; a collective call."""
     batches = None if test is None else in_order(test, micro_batch)
-    logits = common.evaluate(engine, batches, -(-count // micro_batch), compute_loss=False)
+    logits = run.evaluation.evaluate(engine, batches, -(-count // micro_batch), compute_loss=False)
     accuracy = math.nan
     if test is not None and logits is not None:
         guesses = torch.cat(logits)[:count].argmax(dim=1).cpu()
         accuracy = (guesses == test.labels).float().mean().item()
-    return common.from_rank(dist.get_world_size() - 1, accuracy)
+    return from_rank(dist.get_world_size() - 1, accuracy)
 
 
 def check_memory(args: argparse.Namespace, layers: list[LayerSpec], micro_batch: int, facts: DataFacts) -> None:
@@ -107,7 +114,7 @@ def check_memory(args: argparse.Namespace, layers: list[LayerSpec], micro_batch:
 
 
 def train(args: argparse.Namespace) -> None:
-    setup = training.Setup.of(args)
+    setup = Setup.of(args)
     if args.data not in NAMED or args.data == "digits":
         refuse_unused(args, ["data_root"], f"--data {args.data} is not read from there")
     micro_batch, k, replicas = setup.micro_batch, setup.k, setup.replicas
@@ -122,12 +129,12 @@ def train(args: argparse.Namespace) -> None:
         assert images is not None
         return MicroBatches(images.train, micro_batch, seed=args.seed, replica=setup.replica, replicas=replicas)
 
-    loader = common.together(open_loader if setup.holds_data else None)
+    loader = together(open_loader if setup.holds_data else None)
     per_epoch = facts.train_count // (micro_batch * replicas)
     # Where k does not divide an epoch, updates go across its border: none of the data are left out.
     ends = [epoch * per_epoch // k for epoch in range(1, epochs + 1)]
 
-    common.set_peak_lr(setup.config, args.lr, rule=0.1 * setup.update_samples / 256)
+    set_peak_lr(setup.config, args.lr, rule=0.1 * setup.update_samples / 256)
     warmup_epochs = min(5.0, epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
     steps = STEPS_IMAGENET if facts.form == "imagenet" or args.data == "imagenet32" else STEPS_SMALL
     layers = build_model(args.model, data=facts.form, num_classes=facts.num_classes, width=width)
@@ -137,19 +144,19 @@ def train(args: argparse.Namespace) -> None:
         layers,
         loss_fn=nn.CrossEntropyLoss(),
         seed=args.seed,
-        schedule=common.lr_schedule(args.schedule or "cosine", ends[-1], round(warmup_epochs * per_epoch / k), steps),
+        schedule=lr_schedule(args.schedule or "cosine", ends[-1], round(warmup_epochs * per_epoch / k), steps),
         sample_input=sample,
     )
 
     def test() -> float:
         return evaluate(engine, None if images is None else images.test, facts.test_count, micro_batch)
 
-    def show(progress: training.Progress) -> str:
+    def show(progress: run.training.Progress) -> str:
         return f"loss {progress.train_loss[-1]:.4f}, test accuracy {progress.last_score:.2%}"
 
-    trained = training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every)
+    trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every)
     losses, accuracies = trained.progress.train_loss, trained.progress.score
-    summary = training.summarize(
+    summary = summarize(
         args, setup, engine, trained,
         model=args.model,
         width=width,
@@ -160,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
         curves={"train_loss": losses, "test_accuracy": accuracies},
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
     )
-    training.report(
+    report(
         args, summary, summary["method"], f"{summary['method']}: {args.model} on {args.data}, {summary['stages']} stages",
         ("epoch", range(1, len(losses) + 1)),
         {"training loss": {"training loss": losses}, "test accuracy": {"test accuracy": accuracies}},
@@ -172,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    with common.distributed(args.backend):
+    with distributed(args.backend):
         train(args)
 
 

@@ -14,8 +14,10 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's neighbour may be compiling
     for lock in extensions.glob("*/lock"):
         lock.unlink(missing_ok=True)
-sys.path.insert(0, str(Path(__file__).parent))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+# The helpers beside this file, and what recipes are made of: here, in the server that ranks are forked from, and in scripts.
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "recipes")]
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from ds_decoupled.threads import share_cores  # noqa: E402
 

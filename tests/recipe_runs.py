@@ -25,7 +25,6 @@ def launch(recipe: str, *arguments: str | Path, ranks: int = 1) -> subprocess.Co
 
 def _main(recipe: str, arguments: list[str]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.path.insert(0, str(ROOT / "recipes"))
     sys.argv = [f"{recipe}.py", *arguments]
     importlib.import_module(recipe).main()
 

@@ -1,13 +1,10 @@
-"""The benchmark: its laws and ratios, its bare loops, its worlds, and a tiny run from end to end."""
+"""The benchmark: its laws and ratios, its bare loops, and a tiny run from end to end."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,8 @@ import pytest
 import torch
 import worlds
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import bench_plan
-import bench_report
-from bench_plan import Configuration, Method, configurations, laws
-
+from bench import report
+from bench.plan import METHODS, Configuration, Method, configurations, laws
 from ds_decoupled.models import build_model
 from ds_decoupled.stages.reversible import is_invertible
 
@@ -45,7 +38,7 @@ def test_laws_at_two_ranks(k: int, petra: float, delayed: float) -> None:
 
 
 def test_only_what_can_run() -> None:
-    names = list(bench_plan.METHODS)
+    names = list(METHODS)
     one = {c.method for c in configurations(names, [1], 4, layers=10)}
     two = {c.method for c in configurations(names, [2], 4, layers=10)}
     assert {"bare-petra", "petra", "1f1b"} <= one and not one & {"dualpipev", "petra-split", "1f1b-checkpoint"}
@@ -57,15 +50,15 @@ def test_only_what_can_run() -> None:
 def test_ratio_is_taken_within_a_round() -> None:
     """A machine that is three times slower in one round moves both speeds and not their ratio."""
     law = next(law for law in laws(2, 1) if law.name == "petra / 1F1B")
-    fast, slow = bench_report.Measurement(), bench_report.Measurement()
+    fast, slow = report.Measurement(), report.Measurement()
     fast.rates, slow.rates = [30.0, 10.0, 30.0, None], [20.0, 6.0, 20.0, 20.0]
-    assert bench_report.ratio({law.fast: fast, law.slow: slow}, law) == 1.5
-    assert bench_report.ratio({law.fast: fast}, law) is None
-    assert "1.000 | 0.95 | yes" in bench_report.law_table({law.fast: fast, law.slow: slow}, [law])
+    assert report.ratio({law.fast: fast, law.slow: slow}, law) == 1.5
+    assert report.ratio({law.fast: fast}, law) is None
+    assert "1.000 | 0.95 | yes" in report.law_table({law.fast: fast, law.slow: slow}, [law])
 
 
 def test_idle_counts_waits_and_the_end() -> None:
-    measurement = bench_report.Measurement()
+    measurement = report.Measurement()
     measurement.add([{"start": 0.0, "end": 8.0, "waited": 1.0, "cpu": 7.0, "bytes_sent": 30.0},
                      {"start": 0.0, "end": 10.0, "waited": 0.0, "cpu": 10.0, "bytes_sent": 10.0}], samples=20)
     assert measurement.rates == [2.0] and measurement.bytes_per_sample == 2.0
@@ -80,18 +73,18 @@ def states_after(name: str, width: int, method: str, bare: str, k: int,
     """Parameters and running statistics of the engine's run and of the bare loop's, from the same start."""
     import functools
 
-    import bench_bare
-    import bench_rank
-    from bench_models import make_model
+    from bench import bare as bare_loops
+    from bench.models import make_model
+    from bench.runner import SGD, build
 
-    bench_rank.SGD["lr"] = 0.1
-    bench_rank.METHODS["flushed"] = Method("", "engine", {"method": "backprop", "stages": "blocks", "recover": "input"})
+    SGD["lr"] = 0.1
+    METHODS["flushed"] = Method("", "engine", {"method": "backprop", "stages": "blocks", "recover": "input"})
     model = make_model(name, 4, width=width, image_size=8, length=8, blocks=4)
-    runner = bench_rank.build(Configuration(method, 1, k), model, [0, 10])
+    runner = build(Configuration(method, 1, k), model, [0, 10])
     layers = [spec.build() for spec in model.specs()]
     for mine, theirs in zip(layers, runner.engine.module.forward_funcs):
         mine.load_state_dict(theirs.state_dict())
-    call = getattr(bench_bare, bare)(layers, model.batches(), k, functools.partial(torch.optim.SGD, **bench_rank.SGD),
+    call = getattr(bare_loops, bare)(layers, model.batches(), k, functools.partial(torch.optim.SGD, **SGD),
                                    model.loss())
     start = [p.clone() for layer in layers for p in layer.parameters()]
     for _ in range(calls):
@@ -115,39 +108,6 @@ def test_bare_backprop_is_backprop() -> None:
     engine, bare = worlds.run(1, states_after, "revnet18", 4, "flushed", "backprop_loop", 2, 3)[0]
     for a, b in zip(engine, bare, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-# -- worlds -------------------------------------------------------------------------------------------------------------------
-
-
-def second_rank_fails(pipe: Connection) -> None:
-    import os
-
-    if os.environ["RANK"] == "1":
-        raise ValueError("no such thing")
-    time.sleep(1000)
-
-
-def echo(pipe: Connection, factor: int) -> None:
-    pipe.send(("ready", {}))
-    while True:
-        pipe.send(("times", factor * pipe.recv()[0]))
-
-
-def test_a_failed_world_says_why_and_the_others_go_on() -> None:
-    from bench_worlds import WorldFailed
-    from bench_worlds import worlds as many
-
-    with many() as start:
-        well, ill = start(2, echo, 7), start(2, second_rank_fails)
-        begun = time.monotonic()
-        with pytest.raises(WorldFailed, match="rank 1: ValueError: no such thing"):
-            ill.answers()
-        assert time.monotonic() - begun < 60
-        assert well.answers() == [{}, {}]
-        assert well.ask(6) == [42, 42]
-        processes = list(itertools.chain(well._processes, ill._processes))
-    assert not any(process.is_alive() for process in processes)
 
 
 # -- from end to end -----------------------------------------------------------------------------------------------------------
@@ -192,6 +152,18 @@ def test_memory_and_reconstruction(tmp_path: Path) -> None:
               json.loads((tmp_path / "reconstruction.json").read_text())["reconstruction"]}
     assert len(errors["float32"]) == 8 and max(errors["float32"]) <= 1e-5
     assert errors["bf16, float32 streams"][0] < 1e-6 < errors["bf16, bf16 streams"][0]
+
+
+def test_long_run(tmp_path: Path) -> None:
+    output = tmp_path / "long.json"
+    done = run_benchmark("long", "--updates", "20", "--methods", "petra", "--ranks", "2", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(output.read_text())["long"]
+    assert [run["net"] for run in runs] == ["revnet", "gpt"]
+    for run in runs:
+        assert len(run["looks"]) == 2 and all(len(of_rank) == 21 for of_rank in run["looks"])  # one is after the drain
+        assert all(of_rank[-1][name] == 0 for of_rank in run["looks"] for name in ("sent", "arrived", "queued"))
+    assert "| petra | gpt | 2 |" in done.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

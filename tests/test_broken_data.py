@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images import load_images
+from data.pictures import as_tensor, open_image
+from data.samples import EncodedImages, TensorImages
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from image_data import EncodedImages, TensorImages, load_images
-from pictures import as_tensor, open_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import pytest
 import recipe_runs
 import worlds
 
+from data.text import read_text
+from data.tokens import Bytes
+from data.windows import Corpus
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from text_data import Bytes, Corpus, read_text
 
 WORDS = "Grüße aus der Küche. " * 20
 

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 import busy_neighbour
 from busy_neighbour import Job, Timed, jobs_of, neighbours, parse_arguments, report, said_of_threads, variables
-
 from ds_decoupled.threads import THREADS, WAITING
 
 RECIPES = Path(__file__).parent.parent / "recipes"

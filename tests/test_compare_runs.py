@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 import compare_runs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.augmentation import crop_and_flip, random_box
+from data.images import load_images
+from data.micro_batches import DRAWS, MicroBatches, in_order
+from data.samples import EncodedImages, TensorImages, split_by_class
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from image_data import EncodedImages, TensorImages, crop_and_flip, load_images, random_box, split_by_class
-from micro_batches import DRAWS, MicroBatches, in_order
 
 
 def picture(number: int, size: int = 12) -> Image.Image:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 import delay_study
-from delay_report import rows_of, tables
-from delay_run import Setting, Study
-
 from ds_decoupled.errors import ConfigError
+from studies.report import rows_of, tables
+from studies.settings import Setting, Study
 
 TINY = ["--blocks", "1", "--width", "16", "--heads", "2", "--sequence", "16", "--micro_batch", "2", "--micro_batches", "12",
         "--eval_micro_batches", "2", "--probe_every", "2", "--threads", "1"]

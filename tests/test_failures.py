@@ -16,20 +16,18 @@ from PIL import Image
 
 from ds_decoupled.errors import ConfigError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 SECONDS = 20.0
 """For all that a test does, also on a busy machine; without the notice board a rank waits for a minute at least."""
 
 
 def _fail_on_one(rank: int, error: Exception, started: Callable[[], None]) -> None:
     """Rank ``rank`` fails; the others wait for it in ``started``."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
     sys.argv = ["a_recipe.py"]
-    import common
     import torch.distributed as dist
 
-    with common.distributed("gloo"):
+    from run.processes import distributed
+
+    with distributed("gloo"):
         if dist.get_rank() == rank:
             raise error
         started()

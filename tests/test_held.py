@@ -184,7 +184,7 @@ def test_no_shared_memory_is_left(tmp_path: Path, end: str) -> None:
 def test_loading_the_digits_makes_no_semaphore() -> None:
     """A process that is killed would leave it."""
     code = ("import sys, glob; sys.path.insert(0, 'recipes'); before = set(glob.glob('/dev/shm/sem.*'))\n"
-            "import os; from image_data import load_images; load_images('digits')\n"
+            "import os; from data.images import load_images; load_images('digits')\n"
             "print([name for name in set(glob.glob('/dev/shm/sem.*')) - before if f'-{os.getpid()}-' in name])")
     clean = {name: value for name, value in os.environ.items() if name != "JOBLIB_MULTIPROCESSING"}
     root = Path(__file__).parent.parent

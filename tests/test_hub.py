@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
+from data import hub
+from data.text import read_text
+from data.tokens import HuggingFaceTokenizer
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import hub
-from text_data import HuggingFaceTokenizer, read_text
 
 
 @pytest.mark.parametrize("look", [read_text, HuggingFaceTokenizer], ids=["data", "tokenizer"])

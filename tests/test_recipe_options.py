@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import recipe_runs
 import worlds
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 from tiny_lm import save_tiny
 
 RECIPES = ["train_resnet", "train_lm", "finetune_lm", "delay_study", "benchmark", "compare_runs"]
@@ -72,6 +69,7 @@ def _refuses(read: Any, text: str) -> bool:
     ("train_lm", "--evaluations", 1), ("train_lm", "--save_every", 1), ("train_lm", "--sample", 0), ("train_lm", "--blocks", 1),
     ("finetune_lm", "--lora_rank", 0), ("delay_study", "--k", 1), ("delay_study", "--jobs", 1), ("delay_study", "--threads", 1),
     ("delay_study", "--probe_every", 1), ("benchmark", "--repeats", 1), ("benchmark", "--calls", 1),
+    ("benchmark", "--updates", 1),
 ])
 def test_least(recipe: str, option: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [action] = [a for a in parser_of(recipe, monkeypatch)._actions if option in a.option_strings]
@@ -82,6 +80,10 @@ def test_least(recipe: str, option: str, least: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("arguments, words", [
     (["memory", "--k", "1", "4"], ["--k", "[1, 4]", "one k"]),
     (["depth", "--model", "revnet18"], ["--model", "change nothing", "--length, --micro_batch, --width"]),
+    (["long", "--k", "2"], ["--k", "[2]", "--updates, --methods, --ranks"]),
+    (["long", "--methods", "petra", "1f1b"], ["--methods", "1f1b", "long knows", "petra"]),
+    (["--methods", "backprop"], ["--methods", "backprop", "speed knows", "1f1b"]),
+    (["long", "--ranks", "11"], ["--ranks", "11", "10 layers"]),
     (["heads", "--repeats", "3"], ["--repeats", "3", "change nothing"]),
     (["--model", "gpt-tiny", "--image_size", "16"], ["--image_size", "16", "gpt-tiny"]),
     (["--blocks", "2"], ["--blocks", "2", "revnet18"]),
@@ -143,8 +145,9 @@ def test_what_would_change_nothing_or_fit_nowhere(recipe: str, config: dict[str,
 
 
 def test_summaries_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compare_runs
     from test_compare_runs import run
+
+    import compare_runs
 
     good = run("dgl", 0.7)
     broken: list[Any] = [[], "text", 3, None, {}, {**good, "curves": []}, {**good, "curves": {"test_accuracy": 3}},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,7 @@ import worlds
 from tiny_lm import save_tiny
 
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from places import check_file, check_folder, check_picture
+from run.places import check_file, check_folder, check_picture
 
 QUICK = ["--epochs", "1", "--width", "4", "--image_size", "8"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -219,16 +218,15 @@ def test_bounds_of_what_makes_sense() -> None:
 
 
 def test_recipes_read_as_the_package_does(tmp_path: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-    import common
+    from run.setup import read_config
 
     path = tmp_path / "ds.json"
     path.write_bytes(b"\xef\xbb\xbf" + HJSON.encode())
-    assert common.read_config(str(path))["decoupled"]["method"] == "petra"
+    assert read_config(str(path))["decoupled"]["method"] == "petra"
     path.write_text('{"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": "auto"}}}')
-    assert common.read_config(str(path))["train_batch_size"] == 8
+    assert read_config(str(path))["train_batch_size"] == 8
     for text, words in (('{"train_batch_size": "8"}', '"train_batch_size": \'8\''), ('{"bf16": true}', "bf16"),
                         ('{"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"momentun": 1}}}', "momentun")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
-            common.read_config(str(path))
+            read_config(str(path))

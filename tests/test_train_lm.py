@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import worlds
 from recipe_runs import config_file, launch, run
 from tiny_lm import TEXT, save_words, tiny_config, validation_loss
 
+from data.text import read_text
+from data.tokens import Bytes, tokenizer_of
+from data.windows import Corpus, RandomWindows, in_order
 from ds_decoupled.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import text_data
 
 FIELDS = {"method", "model", "data", "stages", "pipe_ranks", "seed", "epochs", "train_loss", "validation_loss", "perplexity",
           "samples_per_second", "tokens_per_second", "peak_memory_bytes", "bytes_sent_per_sample", "delays", "config", "sample"}
@@ -120,36 +118,36 @@ def test_documents(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.txt").write_text("first")
     (tmp_path / "a" / "a.bin").write_bytes(b"\0")
-    assert text_data.read_text(str(tmp_path)) == ["first", "second"]
-    assert len(text_data.read_text("topics")) > 50
+    assert read_text(str(tmp_path)) == ["first", "second"]
+    assert len(read_text("topics")) > 50
 
 
 @pytest.mark.parametrize("words", [False, True])
 def test_tokenizers(words: bool, tmp_path: Path) -> None:
     if words:
         count = save_words(tmp_path)
-        tokenizer: Any = text_data.tokenizer_of(None, str(tmp_path))
+        tokenizer: Any = tokenizer_of(None, str(tmp_path))
         assert tokenizer.vocab_size == count
         assert tokenizer.encode(["the dog", "runs"]) == [2, 9, 0, 11]
         (tmp_path / "again").mkdir()
         tokenizer.save(tmp_path / "again")
-        assert text_data.tokenizer_of(None, str(tmp_path / "again")).encode(["the dog"]) == [2, 9]
-        assert text_data.tokenizer_of("bytes", str(tmp_path)).vocab_size == 256
+        assert tokenizer_of(None, str(tmp_path / "again")).encode(["the dog"]) == [2, 9]
+        assert tokenizer_of("bytes", str(tmp_path)).vocab_size == 256
         return
-    tokenizer = text_data.tokenizer_of(None, str(tmp_path))  # a folder without a tokenizer
+    tokenizer = tokenizer_of(None, str(tmp_path))  # a folder without a tokenizer
     assert tokenizer.encode(["ä", "b"]) == [195, 164, 10, 98]
     assert tokenizer.decode(tokenizer.encode(["ä", "b"])) == "ä\nb"
 
 
 def test_corpus() -> None:
     """Nine tenths to train on; windows are where they say, and validation takes every window once."""
-    corpus = text_data.Corpus.of(["0123456789" * 10], text_data.Bytes(), 4)
+    corpus = Corpus.of(["0123456789" * 10], Bytes(), 4)
     assert len(corpus.train) == 90 and len(corpus.validation) == 10
-    batches = text_data.in_order(corpus.validation, 1, 4, 9)
+    batches = in_order(corpus.validation, 1, 4, 9)
     assert [(x.tolist(), y.tolist()) for x, y in batches] == [([[48, 49, 50, 51]], [[49, 50, 51, 52]]),
                                                               ([[52, 53, 54, 55]], [[53, 54, 55, 56]])]
-    windows = text_data.RandomWindows(corpus.train, 2, 4, seed=1)
+    windows = RandomWindows(corpus.train, 2, 4, seed=1)
     ids, targets = next(windows)
     assert ids.shape == targets.shape == (2, 4) and (ids[:, 1:] == targets[:, :-1]).all()
     with pytest.raises(ConfigError, match="--sequence_length"):
-        text_data.Corpus.of(["0123456789" * 4], text_data.Bytes(), 4)
+        Corpus.of(["0123456789" * 4], Bytes(), 4)

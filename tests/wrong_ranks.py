@@ -17,6 +17,7 @@ from torch import nn
 from wrong_cases import BASE, CASES, Wrong, changed
 
 import ds_decoupled
+from run.worlds import Parent
 
 
 def _fail(*_: Any, **__: Any) -> Any:
@@ -88,20 +89,19 @@ def attempt(case: Wrong, folder: str) -> None:
     engine.drain()
 
 
-def serve(pipes: list[Any]) -> None:
+def serve(parent: Parent) -> None:
     """Try the case whose number comes, say what was raised, wait for the next."""
     import deepspeed
 
     deepspeed.init_distributed()
-    pipe = pipes[int(os.environ["RANK"])]
-    pipe.send(ds_decoupled.__file__)
+    parent.tell(ds_decoupled.__file__)
     with tempfile.TemporaryDirectory() as folder:
         while True:
-            case = CASES[pipe.recv()]
+            case = CASES[parent.told()]
             start = time.monotonic()
             try:
                 attempt(case, folder)
                 said = "nothing raised"
             except BaseException as error:
                 said = f"{type(error).__name__}: {error}"
-            pipe.send((said, time.monotonic() - start))
+            parent.tell((said, time.monotonic() - start))

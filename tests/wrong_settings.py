@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import conftest  # noqa: F401  (threads, device, extensions)
-import worlds
 import wrong_ranks
 from wrong_cases import CASES, GROUPS, Wrong
+
+from run.worlds import World
 
 SECONDS = 10.0
 RANKS = 2
 
 
-def judge(case: Wrong, said: str | None, seconds: float) -> str:
+def judge(case: Wrong, said: str, seconds: float) -> str:
     """What falls short of one rank's message; empty where nothing does."""
-    if said is None:
-        return f"no answer within {SECONDS:g} s"
     if seconds > SECONDS:
         return f"after {seconds:.0f} s"
     if said == "nothing raised":
@@ -47,51 +44,20 @@ def judge(case: Wrong, said: str | None, seconds: float) -> str:
     return f"missing {', '.join(missing)}" if missing else ""
 
 
-class World:
-    """Ranks that try cases in turn."""
-
-    def __init__(self) -> None:
-        pairs = [worlds._context.Pipe() for _ in range(RANKS)]
-        self.pipes = [here for here, _ in pairs]
-        self.ranks = worlds.start(RANKS, wrong_ranks.serve, [there for _, there in pairs])
-        for _, there in pairs:
-            there.close()
-
-    def ready(self, seconds: float = 20) -> bool:
-        """Whether all ranks have met."""
-        try:
-            answers = [pipe.recv() if pipe.poll(seconds) else None for pipe in self.pipes]
-        except EOFError:  # a rank has died
-            return False
-        self.package = answers[0]
-        return None not in answers
-
-    def attempt(self, number: int) -> list[tuple[str | None, float]]:
-        """What every rank said, and after how long."""
-        for pipe in self.pipes:
-            pipe.send(number)
-        answers: list[tuple[str | None, float]] = []
-        end = time.monotonic() + SECONDS
-        for pipe in self.pipes:
-            try:
-                answers.append(pipe.recv() if pipe.poll(max(0.0, end - time.monotonic())) else (None, SECONDS))
-            except (EOFError, OSError):
-                answers.append(("died", 0.0))
-        return answers
-
-    def end(self) -> None:
-        for process, _, _ in self.ranks:
-            process.kill()
-            process.join(5)
-        shutil.rmtree(Path(self.ranks[0][2]).parent, ignore_errors=True)
+def attempt(world: World, number: int) -> list[tuple[str, float]]:
+    """What every rank said to a case, or how it fell silent, and after how many seconds."""
+    world.tell(number)
+    return [one.value or (str(one.error), SECONDS) for one in world.listen(SECONDS, grace=SECONDS)]
 
 
-def new_world() -> World:
-    """Ranks that have met; again if they have not, as where another process builds DeepSpeed's extension just then."""
+def new_world() -> tuple[World, str]:
+    """Ranks that have met, and the package that they try; again if they have not met, as where another process builds
+    DeepSpeed's extension just then."""
     for _ in range(5):
-        world = World()
-        if world.ready():
-            return world
+        world = World(RANKS, wrong_ranks.serve)
+        said = world.listen(20)
+        if not any(one.error for one in said):
+            return world, str(said[0].value)
         world.end()
     raise TimeoutError("ranks do not meet")
 
@@ -100,21 +66,21 @@ def run(groups: dict[str, list[Wrong]], show: Callable[[str], None] = print) -> 
     """Every case that falls short, with its group and how, and which package the ranks tried; the table goes to ``show``."""
     show("| group | wrong | within | told | falls short |\n|---|---|---|---|---|")
     short: list[tuple[str, Wrong, str]] = []
-    world = new_world()
+    world, package = new_world()
     for group, members in groups.items():
         for case in members:
-            answers = world.attempt(CASES.index(case))
+            answers = attempt(world, CASES.index(case))
             faults = [f"rank {r}: {fault}" for r, (said, seconds) in enumerate(answers) if (fault := judge(case, said,
                                                                                                            seconds))]
-            told = (answers[0][0] or "").splitlines()[:1]
+            told = answers[0][0].splitlines()[:1]
             row = [group, case.name, f"{max(s for _, s in answers):.1f} s", *(told or [""]), "; ".join(faults)]
             show("| " + " | ".join(cell.replace("|", "/")[:400] for cell in row) + " |")
             if faults:
                 short.append((group, case, "; ".join(faults)))
                 world.end()
-                world = new_world()
+                world, package = new_world()
     world.end()
-    return short, world.package
+    return short, package
 
 
 def main() -> None:

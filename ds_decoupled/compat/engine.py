@@ -141,6 +141,5 @@ class PipelineEngineBase(GuardedPipelineEngine):
 
 
 def around_instructions(engine: PipelineEngine, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace each function that ``engine``, ours or DeepSpeed's own, has for an instruction by what ``around`` makes of it."""
-    name = "instruction_map" if isinstance(engine, PipelineEngineBase) else "_INSTRUCTION_MAP"
-    setattr(engine, name, {kind: around(function) for kind, function in getattr(engine, name).items()})
+    """Replace each function that DeepSpeed's own engine has for an instruction by what ``around`` makes of it."""
+    engine._INSTRUCTION_MAP = {kind: around(function) for kind, function in engine._INSTRUCTION_MAP.items()}

@@ -13,6 +13,16 @@ from ds_decoupled.stages.weights import Weights
 from ds_decoupled.tensors import Gradients, Tensors
 
 
+class SegmentObserver:
+    """Is told what goes into the segments of a stage, and what they find of it again; see ``Stage.observers``."""
+
+    def went_forward(self, segment: Segment, micro_batch: int, inputs: Tensors) -> None:
+        """``segment`` went forward on ``inputs``."""
+
+    def went_back(self, segment: Segment, micro_batch: int, inputs: Tensors) -> None:
+        """``segment`` went back; ``inputs`` are what it kept, or rebuilt."""
+
+
 class Segment(ABC):
     """How consecutive layers go forward and back.
 

@@ -22,7 +22,7 @@ from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeSegment
 from ds_decoupled.stages.reversible import ReversibleSegment, is_invertible
-from ds_decoupled.stages.segment import Segment
+from ds_decoupled.stages.segment import Segment, SegmentObserver
 from ds_decoupled.stages.split import DeferredWeightGradients
 from ds_decoupled.stages.weights import Weights
 from ds_decoupled.tensors import Gradients, Tensors, detach, leaves
@@ -79,6 +79,7 @@ class Stage:
             takes)`` that gives an :class:`Outcome`. A subclass overrides methods, and adds rows for kinds of its own.
         scale: of a micro-batch's loss: 1/k.
         returns_input: whether the stage below wants its output back, beside its gradient.
+        observers: are told what goes through its segments.
         stopped: whether it learns no more, and forwards in evaluation mode.
     """
 
@@ -102,6 +103,7 @@ class Stage:
         self.peak_in_flight = 0
         self.scale = 1.0
         self.returns_input = False
+        self.observers: list[SegmentObserver] = []
         self.stopped = False
 
     def _make_segments(self, layers: Sequence[Layer], first_layer: int, axes: Axes) -> list[Segment]:
@@ -142,6 +144,8 @@ class Stage:
         with self.seeds.scope(), self.weights.ahead():
             x = inputs
             for segment in self.segments:
+                for observer in self.observers:
+                    observer.went_forward(segment, micro_batch, x)
                 x = segment.forward(micro_batch, x)
         self.weights.forward_done(micro_batch)
         self.in_flight.add(micro_batch)
@@ -155,6 +159,8 @@ class Stage:
         with self.seeds.scope(), self.weights.of(micro_batch):
             for segment in reversed(self.segments):
                 tensors, grads = segment.backward(micro_batch, tensors, grads)
+                for observer in self.observers:
+                    observer.went_back(segment, micro_batch, tensors)
         self.weights.backward_done(micro_batch)
         assert tensors is not None
         return tensors, grads

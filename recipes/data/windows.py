@@ -1,0 +1,63 @@
+"""Token ids cut into windows: at random places to train on, one after the other to validate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.tokens import Tokenizer
+from ds_decoupled.errors import ConfigError
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids: the first nine tenths to train on, the rest to validate on."""
+
+    train: Tensor
+    validation: Tensor
+
+    @staticmethod
+    def of(documents: list[str], tokenizer: Tokenizer, sequence: int) -> Corpus:
+        """Raises :class:`ConfigError` where the text is too short for a sequence to validate on."""
+        ids = torch.tensor(tokenizer.encode(documents), dtype=torch.long)
+        cut = len(ids) * 9 // 10
+        if len(ids) - cut <= sequence:
+            raise ConfigError("--sequence_length", sequence, f"the text has {len(ids)} tokens, and the last tenth of them must "
+                              "hold a sequence to validate on", "Give more text or shorter sequences")
+        return Corpus(ids[:cut], ids[cut:])
+
+
+class RandomWindows(Iterator[Batch]):
+    """Endless micro-batches of windows at random places: ``(ids, next ids)``, both ``(micro_batch, sequence)``.
+
+    What comes is a function of (seed, position) alone: replicas take their rows of the same windows, and ``seek`` resumes.
+    """
+
+    def __init__(self, ids: Tensor, micro_batch: int, sequence: int, *, seed: int, replica: int = 0, replicas: int = 1) -> None:
+        self.ids, self.micro_batch, self.sequence = ids, micro_batch, sequence
+        self.seed, self.replica, self.replicas = seed, replica, replicas
+        self.position = 0
+
+    def seek(self, position: int) -> None:
+        """Go on with micro-batch ``position``."""
+        self.position = position
+
+    def __next__(self) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.position)
+        starts = torch.randint(len(self.ids) - self.sequence, (self.micro_batch * self.replicas,), generator=generator)
+        self.position += 1
+        own = starts[self.replica * self.micro_batch:(self.replica + 1) * self.micro_batch]
+        windows = torch.stack([self.ids[s:s + self.sequence + 1] for s in own.tolist()])
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def in_order(ids: Tensor, micro_batch: int, sequence: int, limit: int) -> list[Batch]:
+    """Consecutive windows, up to ``limit`` micro-batches; the last one may be smaller."""
+    count = (len(ids) - 1) // sequence
+    inputs, targets = (ids[shift:shift + count * sequence].view(count, sequence) for shift in (0, 1))
+    return list(zip(inputs.split(micro_batch), targets.split(micro_batch)))[:limit]

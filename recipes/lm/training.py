@@ -1,0 +1,125 @@
+"""The run that the recipes for language models make: text in, layers trained on it, validation, a sample."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.text import read_text
+from data.tokens import Tokenizer
+from data.windows import Corpus, RandomWindows
+from ds_decoupled.collectives import from_rank, together
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.models import next_token_loss
+from lm.validation import generate, perplexity, validate
+from run.arguments import add_run_arguments
+from run.options import number, refuse_unused, whole
+from run.rates import lr_schedule, set_peak_lr
+from run.results import report, summarize
+from run.setup import Setup
+from run.training import Progress, train
+
+EVALUATIONS, WARMUP, TEMPERATURE = 8, 0.05, 0.8
+PROMPT = 16
+"""Tokens of the validation text that a sample goes on from."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence_length: int, micro_batches: int, lr: float,
+                  summary: str) -> None:
+    """Options of text and training; those given here are the defaults, and without ``data`` it must be given."""
+    kinds = "a text file, a folder of them, a name of `datasets` with a column `text`, or topics: Python's own documentation"
+    parser.add_argument("--data", default=data, required=data is None, help=kinds + (f" (default: {data})" if data else ""))
+    parser.add_argument("--tokenizer", help="bytes, a folder or a hub name (default: the model's own, if it has one, or bytes)")
+    parser.add_argument("--sequence_length", type=whole(1), default=sequence_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--micro_batches", type=whole(1), default=micro_batches,
+                        help="to train on, per replica (default: %(default)s)")
+    parser.add_argument("--lr", type=number(0), help=f"peak (default: the JSON's, else {lr:g})")
+    parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
+    parser.add_argument("--evaluations", type=whole(1, 1_000_000),
+                        help=f"over the run (default: {EVALUATIONS}, at most one an update)")
+    parser.add_argument("--eval_micro_batches", type=whole(1), default=50,
+                        help="to validate on, if the text has as many (default: %(default)s)")
+    parser.add_argument("--sample", type=whole(0, 1_000_000), default=300,
+                        help="tokens of generated text at the end (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
+    add_run_arguments(parser, stretch="evaluations", summary=summary)
+
+
+def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: Tokenizer, *, lr: float, name: str,
+        title: str, test_first: bool = False, **facts: Any) -> Any:
+    """Train ``layers`` on the text that ``args`` names, report, and return the engine; a collective call.
+
+    Args:
+        lr: the peak learning rate where neither ``args`` nor the JSON has one.
+        name: of the summary's file, before the method's.
+        title: what is trained, in words.
+        test_first: whether to validate before all training.
+        facts: more fields of the summary.
+    """
+    if args.sample == 0:
+        refuse_unused(args, ["temperature"], "with --sample 0 no text is drawn")
+    micro_batch, sequence = setup.micro_batch, args.sequence_length
+    updates = args.micro_batches // setup.k
+    if updates < 1:
+        raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
+    if args.evaluations is not None and args.evaluations > updates:
+        raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
+
+    def read() -> Corpus:
+        return Corpus.of(read_text(args.data), tokenizer, sequence)
+
+    corpus = together(read if setup.holds_data else None)
+    loader = None if corpus is None else RandomWindows(corpus.train, micro_batch, sequence, seed=args.seed,
+                                                       replica=setup.replica, replicas=setup.replicas)
+    set_peak_lr(setup.config, args.lr, rule=lr)
+    warmup = WARMUP if args.warmup is None else args.warmup
+    engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
+                          schedule=lr_schedule("cosine", updates, round(warmup * updates)),
+                          sample_input=torch.zeros(micro_batch, sequence, dtype=torch.long))
+
+    def test() -> float:
+        return validate(engine, corpus, micro_batch, sequence, args.eval_micro_batches)
+
+    def show(progress: Progress) -> str:
+        return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
+
+    stretches = args.evaluations or min(EVALUATIONS, updates)
+    trained = train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
+                             ends=[updates * (i + 1) // stretches for i in range(stretches)])
+    text = ""
+    if args.sample:
+        temperature = TEMPERATURE if args.temperature is None else args.temperature
+        prompt = from_rank(0, [] if corpus is None else corpus.validation[:PROMPT].tolist())
+        text = tokenizer.decode(prompt + generate(engine, prompt, args.sample, window=sequence, seed=args.seed,
+                                                  vocab_size=tokenizer.vocab_size, temperature=temperature))
+    losses, validation = trained.progress.train_loss, trained.progress.score
+    tokens = [n * setup.update_samples * sequence for n in trained.progress.updates]
+    before = {"validation_loss_before": validation[0], "perplexity_before": perplexity(validation[0])} if test_first else {}
+    summary = summarize(
+        args, setup, engine, trained,
+        **facts,
+        data=args.data,
+        epochs=tokens[-1] / from_rank(0, 0 if corpus is None else len(corpus.train)),
+        **before,
+        validation_loss=validation[-1],
+        perplexity=perplexity(validation[-1]),
+        curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation},
+        stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
+        sample=text,
+    )
+    summary["tokens_per_second"] = summary["samples_per_second"] * sequence
+    if text and dist.get_rank() == 0:
+        print(f"--- a sample ---\n{text}\n----------------")
+    was = f" ({validation[0]:.3f} before)" if test_first else ""
+    report(
+        args, summary, f"{name}_{summary['method']}", f"{summary['method']}: {title}, {summary['stages']} stages",
+        ("thousands of tokens", [n / 1000 for n in tokens]),
+        {"nats per token": {"training loss": losses, "validation loss": validation}},
+        f"validation loss {validation[-1]:.3f} nats{was}, perplexity {summary['perplexity']:.2f}, "
+        f"{summary['tokens_per_second']:.0f} tokens/s",
+        by_stage={"the stage's own loss, nats per token": trained.progress.stage_curves("loss")},
+    )
+    return engine

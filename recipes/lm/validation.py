@@ -1,0 +1,49 @@
+"""What a language model makes of text that it was not trained on: its loss, and text that goes on from a prompt."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.windows import Corpus, in_order
+from ds_decoupled.collectives import from_rank
+from ds_decoupled.flushed import FlushedPipelineEngine
+from run.evaluation import evaluate
+
+
+def validate(engine: Any, corpus: Corpus | None, micro_batch: int, sequence: int, limit: int) -> float:
+    """Mean loss per token over the validation text, in nats, on every rank; a collective call."""
+    batches = None if corpus is None else in_order(corpus.validation, micro_batch, sequence, limit)
+    if batches and isinstance(engine, FlushedPipelineEngine):  # DeepSpeed's own engine cannot take a smaller last one
+        batches = [batch for batch in batches if len(batch[0]) == micro_batch] or batches
+    count = from_rank(0, 0 if batches is None else len(batches))
+    losses = evaluate(engine, None if batches is None else iter(batches), count)
+    value = math.nan
+    if losses is not None and batches is not None:
+        sizes = torch.tensor([float(len(x)) for x, _ in batches])
+        value = ((torch.stack([loss.float().cpu().reshape(()) for loss in losses]) * sizes).sum() / sizes.sum()).item()
+    return from_rank(dist.get_world_size() - 1, value)
+
+
+def generate(engine: Any, prompt: list[int], length: int, *, window: int, vocab_size: int, temperature: float,
+             seed: int) -> list[int]:
+    """``length`` tokens drawn one after the other, behind ``prompt``; a collective call, whatever the number of ranks."""
+    ids, generator = list(prompt), torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(length), unit="token", leave=False, disable=dist.get_rank() != 0):
+        seen = torch.tensor([ids[-window:]])
+        logits = evaluate(engine, iter([(seen, seen)]), 1, compute_loss=False)
+        token = 0
+        if logits is not None:
+            chances = (logits[0][0, -1, :vocab_size].float().cpu() / max(temperature, 1e-3)).softmax(-1)
+            token = int(torch.multinomial(chances, 1, generator=generator))
+        ids.append(from_rank(dist.get_world_size() - 1, token))
+    return ids[len(prompt):]
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that is too large a number."""
+    return math.exp(loss) if not loss > 700 else math.inf

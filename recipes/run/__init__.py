@@ -1,0 +1,1 @@
+"""How a recipe runs, whatever it trains: its options and places, its processes, the loop, and what it leaves behind."""

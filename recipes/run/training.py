@@ -1,0 +1,153 @@
+"""One training run as every recipe makes it: stretches of updates, a test after each, checkpoints to go on from."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_decoupled.errors import ConfigError
+from run.setup import Setup
+
+
+class Loader(Protocol):
+    """Endless micro-batches that are a function of their position."""
+
+    def seek(self, position: int) -> None: ...
+
+    def __next__(self) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """What has been done, one entry a stretch; a checkpoint carries it beside the engine's own state.
+
+    Attributes:
+        updates: made by the end of the stretch, since the very first.
+        train_loss: mean over the stretch's micro-batches that finished; nan if none did.
+        score: the test's; nan where none was made.
+        stages: of every stage with a loss of its own, the loss and accuracy of its head; empty for other methods.
+    """
+
+    updates: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    stages: list[list[dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Updates made so far."""
+        return self.updates[-1] if self.updates else 0
+
+    def add(self, updates: int, train_loss: float, score: float, stages: list[dict[str, float]] | None = None) -> None:
+        """One more stretch."""
+        self.updates.append(updates)
+        self.train_loss.append(train_loss)
+        self.score.append(score)
+        self.stages.append(stages or [])
+
+    def stage_curves(self, name: str) -> dict[str, list[float]]:
+        """The ``name`` (loss or accuracy) of each stage's head, by stage; empty where stages have no loss of their own."""
+        count = max((len(stages) for stages in self.stages), default=0)
+        return {f"stage {s}": [stages[s].get(name, math.nan) if s < len(stages) else math.nan for stages in self.stages]
+                for s in range(count)}
+
+    @property
+    def last_score(self) -> float:
+        """The newest that there is, or nan."""
+        return next((value for value in reversed(self.score) if math.isfinite(value)), math.nan)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its curves, the seconds spent on training alone, and the updates made in them."""
+
+    progress: Progress
+    seconds: float
+    updates: int
+
+
+def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | None, *, ends: Sequence[int],
+          test: Callable[[], float], show: Callable[[Progress], str], test_every: int = 1, test_first: bool = False) -> Trained:
+    """Train up to the last of ``ends``, from the start or from the checkpoint that ``args`` names.
+
+    Args:
+        args: holds ``save_checkpoint``, ``save_every`` and ``resume``.
+        loader: on the ranks that hold data.
+        ends: after how many updates each stretch ends.
+        test: gives the score; a collective call.
+        show: what stands beside the progress bar.
+        test_every: stretches from test to test; there always is one at the end.
+        test_first: whether there is one before all training.
+    """
+    if ends[-1] < 1:
+        raise ConfigError("gradient_accumulation_steps", setup.k, "all the micro-batches of this run do not make one update",
+                          "Take a smaller k or a longer run")
+    progress = _resume(engine, setup, args.resume, ends[-1]) if args.resume else Progress()
+    first, seconds = progress.done, 0.0
+    if loader is not None:
+        loader.seek(first * setup.k)
+    if test_first and not progress.updates:
+        progress.add(0, math.nan, test())
+    bar = tqdm(total=ends[-1], initial=first, unit="update", mininterval=0.5, disable=dist.get_rank() != 0)
+    for number, end in enumerate(ends, start=1):
+        if end <= first:
+            continue
+        last = number == len(ends)
+        start = time.perf_counter()
+        loss = _stretch(engine, loader, end - progress.done, bar)
+        seconds += time.perf_counter() - start
+        metrics = engine.stage_metrics()
+        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics)
+        if args.save_checkpoint and (last or (args.save_every and number % args.save_every == 0)):
+            # Before the drain, so that a longer run goes on as if it had not been stopped.
+            engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}",
+                                   client_state={"progress": asdict(progress), "run": setup.counted_in})
+        if last:
+            start = time.perf_counter()
+            engine.drain()
+            seconds += time.perf_counter() - start
+            progress.score[-1] = test()
+        bar.set_postfix_str(show(progress))
+    bar.close()
+    return Trained(progress, seconds, ends[-1] - first)
+
+
+def _resume(engine: Any, setup: Setup, folder: str, updates: int) -> Progress:
+    """What the checkpoint in ``folder`` has done; the engine goes on from there."""
+    hint = "Go on with the settings of the run that saved it"
+    try:
+        path, state = engine.load_checkpoint(folder)
+    except Exception as error:  # cut off files, and those of another model, raise whatever reading them comes to
+        what = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise ConfigError("--resume", folder, f"the checkpoint does not load ({what})", hint) from error
+    if path is None or not isinstance(state, dict) or "progress" not in state:
+        raise ConfigError("--resume", folder, "no checkpoint of this recipe was found there", "Check the folder")
+    for what, here in setup.counted_in.items():
+        if (saved := state.get("run", {}).get(what, here)) != here:
+            raise ConfigError("--resume", folder, f"the run that saved it has {what} {saved}, and this one {here}", hint)
+    try:
+        progress = Progress(**state["progress"])
+    except TypeError as error:
+        raise ConfigError("--resume", folder, f"another version of the recipe saved it ({error})", hint) from error
+    if progress.done >= updates:
+        raise ConfigError("--resume", folder, f"the checkpoint has made {progress.done} updates, and this run ends after "
+                          f"{updates}", "Ask for a longer run")
+    return progress
+
+
+def _stretch(engine: Any, loader: Loader | None, updates: int, bar: tqdm[Any]) -> float:
+    """Mean loss of the micro-batches that finished; nan if the pipeline was still filling."""
+    losses: list[Tensor] = []
+    for _ in range(updates):
+        losses.append(engine.train_batch(data_iter=loader).detach().float().mean())
+        bar.update()
+    return torch.stack(losses).nanmean().item() if losses else math.nan
