@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -215,6 +215,11 @@ class Network:
         return {"bytes": sum(sender.bytes_sent for sender in senders),
                 "messages": sum(sender.messages_sent for sender in senders), "held": self.held()}
 
+    def queued(self) -> Iterator[Message]:
+        """Messages that wait between stages here, or to be sent."""
+        for link in self._links.values():
+            yield from link.queue
+
     def held(self) -> dict[str, int]:
         """What this rank's links hold: ``sent`` buffers that the other side has not taken, messages that ``arrived`` from
         other ranks and messages ``queued`` between stages, neither asked for yet; and ``peak_sent`` of any link so far."""
@@ -223,7 +228,7 @@ class Network:
         return {"sent": sum(len(sender.under_way) for sender in senders),
                 "sent_bytes": sum(sender.under_way.nbytes for sender in senders),
                 "arrived": sum(receiver.held for receiver in receivers),
-                "queued": sum(len(link.queue) for link in self._links.values()),
+                "queued": sum(1 for _ in self.queued()),
                 "peak_sent": max((sender.under_way.peak for sender in senders), default=0)}
 
     def pending(self) -> dict[str, dict[int, list[Message]]]:
