@@ -59,7 +59,7 @@ FIGURES = {
     "precision": ("length", "micro_batch", "width"), "heads": ("model", "width", "image_size", "micro_batch"),
     "long": ("updates", "methods", "ranks"),
 }
-"""Which options each figure heeds."""
+"""Which options each figure takes."""
 OF_IMAGES, OF_TEXT = ("image_size",), ("blocks", "length")
 """Sizes that only such models have."""
 
@@ -102,10 +102,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:
-    heeded = FIGURES[args.figure]
-    unused = sorted({name for names in FIGURES.values() for name in names} - set(heeded))
-    refuse_unused(args, unused, f"{args.figure} heeds {', '.join('--' + name for name in heeded)}")
-    if "model" in heeded:
+    taken = FIGURES[args.figure]
+    unused = sorted({name for names in FIGURES.values() for name in names} - set(taken))
+    refuse_unused(args, unused, f"{args.figure} takes {', '.join('--' + name for name in taken)}")
+    if "model" in taken:
         model = args.model or DEFAULTS["model"]
         refuse_unused(args, list(OF_IMAGES if model in GPTS else OF_TEXT), f"{model} has no such size")
     if args.figure == "memory" and len(args.k or []) > 1:

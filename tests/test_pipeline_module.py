@@ -57,7 +57,7 @@ def test_training_data() -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_partition_that_a_plain_module_would_not_heed() -> None:
+def test_a_partition_that_a_plain_module_would_ignore() -> None:
     case = {"method": "delayed", "stages": "ranks", "block": {"partition": "uniform"}}
     with pytest.raises(worlds.RankFailed) as failure:
         worlds.run(2, engine_cases.plain_pipeline, case)

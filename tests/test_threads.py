@@ -88,11 +88,11 @@ def test_cores_are_shared_among_the_ranks_of_the_machine(environ: dict[str, str]
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_who_has_said_how_to_wait_is_heeded(name: str) -> None:
+def test_who_has_said_how_to_wait_is_obeyed(name: str) -> None:
     assert settings({name: "0"}, cores=8) == {THREADS: "8"}
 
 
-def test_who_has_said_how_many_is_heeded() -> None:
+def test_who_has_said_how_many_is_obeyed() -> None:
     assert settings({THREADS: "64"}, cores=8) == PASSIVE
     assert settings({THREADS: "64", "GOMP_SPINCOUNT": "infinite"}, cores=8) == {}
 

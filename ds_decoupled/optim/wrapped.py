@@ -81,7 +81,7 @@ def restore_accumulated(optimizer: Any, parameters: list[Any], grads: list[Tenso
         for index, (flat, saved) in enumerate(zip(optimizer.fp32_groups_gradients_flat, grads)):
             assert saved is not None
             flat.copy_(saved)
-            # Norm and clipping heed only what is marked; what is zero adds nothing to either.
+            # Norm and clipping look only at what is marked; what is zero adds nothing to either.
             optimizer.fp32_groups_has_gradients[index] = [bool(g.any()) for g in optimizer.fp32_groups_gradients[index]]
         return
     for parameter, grad in zip(parameters, grads):
