@@ -86,9 +86,12 @@ def _read(given: Mapping[str, Any], weights: list[float]) -> tuple[Setup | None,
     check_settings(config, decoupled=not block.is_plain_backprop)
     model: PipelineModule = given["model"]
     _check_stage_schedulers(block)
-    if block.partition != DecoupledConfig.model_fields["partition"].default and not isinstance(model, DecoupledPipelineModule):
-        raise ConfigError(f"{BLOCK}.partition", block.partition, "a plain PipelineModule has cut its layers by its own "
-                          "partition_method", "Leave it out, or make a ds_decoupled.DecoupledPipelineModule.")
+    # A plain module has been cut before it came here: into ranks, which for DeepSpeed's own engine are the stages too.
+    for name in ("partition", *(["stages"] if block.is_plain_backprop else [])):
+        value = getattr(block, name)
+        if value != DecoupledConfig.model_fields[name].default and not isinstance(model, DecoupledPipelineModule):
+            raise ConfigError(f"{BLOCK}.{name}", value, "a plain PipelineModule has cut its layers by its own "
+                              "partition_method", "Leave it out, or make a ds_decoupled.DecoupledPipelineModule.")
     batch_sizes(config, model.mpu().get_data_parallel_world_size())
     if given["optimizer"] is None:
         client_from_json(config)

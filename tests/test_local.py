@@ -250,3 +250,11 @@ def test_local_settings_belong_to_local_methods() -> None:
     with pytest.raises(worlds.RankFailed) as failure:
         worlds.run(1, engine_cases.only_build, {**CNN, "method": "petra", "block": {"window": 2}})
     assert "decoupled.window" in str(failure.value)
+
+
+def test_two_shapes_that_differ() -> None:
+    """The module's sample and the JSON's shape must agree, or one of them would do nothing."""
+    with pytest.raises(worlds.RankFailed) as failure:
+        worlds.run(2, engine_cases.only_build, {"method": "dgl", "block": {"input_shape": [2, 4, 4]}})
+    assert all('"decoupled.input_shape": [2, 4, 4] cannot be used' in str(error) and "[2, 8, 8]" in str(error)
+               for error in failure.value.errors)

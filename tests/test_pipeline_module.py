@@ -10,7 +10,7 @@ import worlds
 
 def test_without_a_block_it_is_deepspeed() -> None:
     """DeepSpeed's engine class, and the same losses as the ``backprop`` preset, which is left to it as well."""
-    case = {"method": "backprop", "batches": 8, "k": 2, "net": "plain"}
+    case = {"method": "backprop", "batches": 8, "k": 2, "net": "plain", "stages": "ranks"}
     plain = worlds.run(2, engine_cases.plain_pipeline, {**case, "no_block": True})
     preset = worlds.run(2, engine_cases.plain_pipeline, case)
     assert {r["engine"] for r in plain} == {"PipelineEngine"} and {r["engine"] for r in preset} == {"FlushedPipelineEngine"}
@@ -57,9 +57,10 @@ def test_training_data() -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_partition_that_a_plain_module_would_ignore() -> None:
-    case = {"method": "delayed", "stages": "ranks", "block": {"partition": "uniform"}}
+@pytest.mark.parametrize("method, setting, value", [("delayed", "partition", "uniform"), ("backprop", "stages", "blocks")])
+def test_what_a_plain_module_would_ignore(method: str, setting: str, value: str) -> None:
+    case = {"method": method, "stages": "ranks", "block": {setting: value}}
     with pytest.raises(worlds.RankFailed) as failure:
         worlds.run(2, engine_cases.plain_pipeline, case)
-    told = "\"decoupled.partition\": 'uniform' cannot be used: a plain PipelineModule"
+    told = f"\"decoupled.{setting}\": '{value}' cannot be used: a plain PipelineModule"
     assert all(told in str(error) for error in failure.value.errors)

@@ -34,10 +34,14 @@ def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int,
         dtype: the layers' floating-point type.
 
     Raises:
-        ConfigError: where there is neither.
+        ConfigError: where there is neither, or the two do not agree.
     """
     sample: Tensors | None = getattr(module, "sample_input", None)
     if sample is not None:
+        own = list(as_tuple(sample)[0].shape[1:])
+        if input_shape is not None and list(input_shape) != own:
+            raise ConfigError("decoupled.input_shape", list(input_shape), f"the pipeline module's sample_input has samples of "
+                              f"{own}, and heads are built from that", "Leave it out, or let the two agree.")
         return [sample]
     if input_shape is None:
         raise ConfigError("decoupled.input_shape", None, "heads are built from the shapes of what stages give, and no input is "
