@@ -97,8 +97,10 @@ class Job:
 
 def jobs_of(args: argparse.Namespace, method: str, ranks: int, cores: int) -> list[Job]:
     """One for each way that makes a difference for so many ranks."""
-    pinned = 1 < ranks <= cores
-    return [Job(method, ranks, way, args.width, args.image_size) for way in args.ways if way != "pinned" or pinned]
+    same = {"pinned"} if ranks == 1 or ranks > cores else set()
+    if cores // ranks <= 1:  # a thread a rank, which waits for nobody
+        same |= {"brief spin", "one thread"}
+    return [Job(method, ranks, way, args.width, args.image_size) for way in args.ways if way not in same]
 
 
 def variables(way: str, ranks: int, cores: int) -> dict[str, str]:

@@ -27,10 +27,13 @@ def test_ways() -> None:
     assert variables("shared", 2, cores=8) == variables("pinned", 2, cores=8) == {THREADS: "4", WAITING[0]: "passive"}
 
 
-@pytest.mark.parametrize(("ranks", "cores", "pinned"), [(1, 8, False), (2, 8, True), (2, 2, True), (4, 2, False)])
-def test_pinning_is_for_ranks_with_a_core_each(ranks: int, cores: int, pinned: bool) -> None:
+@pytest.mark.parametrize(("ranks", "cores", "more"), [
+    (1, 8, ["brief spin", "one thread"]), (2, 8, ["pinned", "brief spin", "one thread"]), (2, 2, ["pinned"]), (4, 2, []),
+    (1, 1, []),
+])
+def test_ways_that_make_a_difference(ranks: int, cores: int, more: list[str]) -> None:
     ways = [job.way for job in jobs_of(parse_arguments([]), "petra", ranks, cores)]
-    assert ways == ["default", "shared", *(["pinned"] if pinned else []), "brief spin", "one thread"]
+    assert ways == ["default", "shared", *more]
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +74,14 @@ def test_table() -> None:
 def test_tiny_run(tmp_path: Path) -> None:
     output = tmp_path / "busy.json"
     done = subprocess.run([sys.executable, str(RECIPES / "busy_neighbour.py"), "--quick", "--methods", "petra", "--ranks", "2",
-                           "--neighbours", "0", "1", "--ways", "shared", "one thread", "--output", str(output)],
+                           "--neighbours", "0", "1", "--ways", "default", "shared", "--output", str(output)],
                           capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr
     measured = json.loads(output.read_text())["measured"]
     assert [(row["job"]["way"], row["job"]["ranks"], sorted(row["seconds"])) for row in measured] == [
-        ("shared", 2, ["0", "1"]), ("one thread", 2, ["0", "1"])]
+        ("default", 2, ["0", "1"]), ("shared", 2, ["0", "1"])]
     assert all(seconds[0] > 0 for row in measured for seconds in row["seconds"].values())
-    assert "| petra | 2 | one thread | 1 |" in done.stdout
+    assert "| petra | 2 | shared |" in done.stdout
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
