@@ -87,14 +87,22 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               flush=axes.flush, split_backward=block.split_backward, window=axes.window,
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
                               farthest=block.losses == "farthest", family=axes.gradient)
-        # Where nothing comes back from the next rank, nothing else keeps this one from running ahead of it.
-        queue = block.queue + axes.hops[0] if axes.window == 1 else None
-        self.network = Network(grid, self.placement, rank, self.device, CODECS[block.codec], block.timeout,
-                               track=block.track_gradients > 0, queue=queue)
+        self.network = Network(grid, self.placement, rank, self.device, CODECS[block.codec], block.timeout, self._queue(),
+                               track=block.track_gradients > 0)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,
                                       micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
+
+    def _queue(self) -> int:
+        """Messages that may be on their way to a neighbour."""
+        if self.axes.window == 1:  # nothing comes back, so that nothing else keeps a rank from running ahead of the next
+            return self.decoupled.queue + self.axes.hops[0]
+        # The plan keeps neighbours within the longest delay of one another, so no more than delay + 1 messages (of each loss
+        # that comes down) can be waited for, with an announcement each. Half as many again is never in the way, and bounds
+        # what is held where the machine is so busy that the backend is slow to say that a message was taken.
+        delay = max(self.plan.ticks.delay(s) for s in range(self.placement.stages))
+        return 3 * (delay + 2) * max(1, self.axes.window - 1)
 
     def _make_workers(self) -> None:
         """What acts, and who decides when."""

@@ -23,6 +23,9 @@ _CHANNELS = ("forward", "backward", "evaluation", "exact forward", "exact backwa
 #: Messages on their way into a stage, in a checkpoint, and the direction that they come from.
 _KINDS = {"activations": "forward", "gradients": "backward"}
 
+#: Batches that a rank may be ahead of the next one in a pass outside of training.
+_AHEAD = 8
+
 #: Seconds in which a neighbour that waits has heard of a failure; one that computes hears of it while this process leaves.
 _HEARD = 1.0
 
@@ -70,8 +73,7 @@ class Network:
         codec: how values are written between ranks.
         timeout: seconds that a receive may take.
         track: whether the gradient tracker's channels are needed.
-        queue: activations that may be on their way to the next rank before this one waits; None where gradients that come
-            back keep ranks together.
+        queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
 
     Attributes:
         channels: by name, see ``_CHANNELS``.
@@ -79,7 +81,7 @@ class Network:
     """
 
     def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device, codec: Codec, timeout: float,
-                 track: bool = False, queue: int | None = None) -> None:
+                 queue: int, track: bool = False) -> None:
         self.placement, self.rank, self.timeout = placement, rank, timeout
         stages = placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
@@ -93,7 +95,8 @@ class Network:
         if placement.ranks > 1:
             for name, group in _make_groups(grid, track).items():
                 ends = (above, below) if "backward" in name else (below, above)
-                self.channels[name] = Channel(group, *ends, device, codec, timeout, queue if name == "forward" else None)
+                self.channels[name] = Channel(group, *ends, device, codec, timeout,
+                                              queue if name in ("forward", "backward") else _AHEAD)
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
             self.channels = {name: Channel(None, None, None, device, codec, timeout) for name in _CHANNELS}
