@@ -12,7 +12,7 @@ from nets import batches
 from ds_decoupled.analysis import simulate
 from ds_decoupled.analysis.staircase import staircase
 from ds_decoupled.instructions import instruction_class
-from ds_decoupled.schedules import Placement, Plan, format_actions, parse_actions
+from ds_decoupled.schedules import KINDS, Placement, Plan, format_actions, parse_actions
 
 CASE = {"method": "sign", "net": "plain", "batches": 12, "k": 2, "stages": 4}
 
@@ -35,10 +35,13 @@ def test_against_its_definition(ranks: int) -> None:
 
 
 def test_whoever_reads_the_table_knows_its_action() -> None:
-    plan = Plan.make(Placement.of(3, 2), hops=(0, 1), k=1, recover="input", flush=False, family="sign")
-    line = format_actions(plan.tick(0, 2, 9))
-    assert "0U0 0A0" in line and format_actions(parse_actions(line)) == line
-    run = simulate(plan, 6)
-    assert sum(event.end - event.start for event in run.events if event.action.kind is toy_method.AVERAGE) == 3 * 6 * 0.5
-    assert "A0" in staircase([list(plan.run(rank, 3)) for rank in range(2)], plan.placement.rank_bounds)
-    assert instruction_class(toy_method.AVERAGE).__name__ == "AverageWeights"
+    with toy_method.registered():
+        plan = Plan.make(Placement.of(3, 2), hops=(0, 1), k=1, recover="input", flush=False, family="sign")
+        line = format_actions(plan.tick(0, 2, 9))
+        assert "0U0 0A0" in line and format_actions(parse_actions(line)) == line
+        run = simulate(plan, 6)
+        averages = [event for event in run.events if event.action.kind is toy_method.AVERAGE]
+        assert sum(event.end - event.start for event in averages) == 3 * 6 * 0.5
+        assert "A0" in staircase([list(plan.run(rank, 3)) for rank in range(2)], plan.placement.rank_bounds)
+        assert instruction_class(toy_method.AVERAGE).__name__ == "AverageWeights"
+    assert "A" not in KINDS

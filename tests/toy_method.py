@@ -7,6 +7,7 @@ by an action kind of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import engine_cases
@@ -23,8 +24,7 @@ from ds_decoupled.stages.building import STAGES
 from ds_decoupled.watchers import Watcher
 
 # An action: one row ...
-AVERAGE = KINDS.get("A") or add_kind(Kind("A", "AverageWeights", "mix the weights into their average", cost=0.5,
-                                          colour="#123456", per_update=True))
+AVERAGE = Kind("A", "AverageWeights", "mix the weights into their average", cost=0.5, colour="#123456", per_update=True)
 
 
 # ... its place in the order ...
@@ -60,12 +60,26 @@ class SignStage(Stage):
         return Outcome()
 
 
-# The method's name, and a watcher.
-PRESETS["sign"] = Axes("sign", "input", "current", "delayed", "stream", (0, 1))  # type: ignore[arg-type]
-FAMILIES["sign"] = SignFamily()
-STAGES["sign"] = SignStage
+def register() -> None:
+    """Name all of it. A package would do so where it is imported; here other tests share the process."""
+    add_kind(AVERAGE)
+    PRESETS["sign"] = Axes("sign", "input", "current", "delayed", "stream", (0, 1))  # type: ignore[arg-type]
+    FAMILIES["sign"] = SignFamily()
+    STAGES["sign"] = SignStage
 
 
+@contextmanager
+def registered() -> Iterator[None]:
+    """Within, the package knows the method."""
+    register()
+    try:
+        yield
+    finally:
+        for table, name in ((KINDS, "A"), (PRESETS, "sign"), (FAMILIES, "sign"), (STAGES, "sign")):
+            del table[name]  # type: ignore[attr-defined]
+
+
+# A watcher, too.
 class Counter(Watcher):
     """Counts actions by kind, over all ranks."""
 
@@ -84,7 +98,8 @@ class Counter(Watcher):
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
-    """Train and drain, watched."""
+    """Train and drain, watched, in a process of its own."""
+    register()
     engine = engine_cases.build(case)
     engine.watch(Counter())
     initial = engine_cases.state_of(engine)
