@@ -76,6 +76,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         start = time.perf_counter()
+        full = self.axes.flush or self.runner.through > self.runner.first
         self._optimizers.before_batch()
         with self._training("train_batch"):
             if self.runner.end is None:
@@ -84,7 +85,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
             end = self.runner.train()
             self._after_call()
             loss = self.losses.mean()
-        self.step_log.took(time.perf_counter() - start, whole=bool(self.losses))
+        self.step_log.took(time.perf_counter() - start, whole=full)
         if end is not None:
             raise end.error or StopIteration(f"the data ended before micro-batch {end.micro_batch}; drain() finishes what is "
                                              "in flight")

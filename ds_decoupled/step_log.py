@@ -25,14 +25,16 @@ class StepLog:
     def __init__(self, engine: PipelineEngineBase, breakdown: Breakdown | None) -> None:
         self.engine, self.breakdown = engine, breakdown
         self.seconds = 0.0
-        self._slow = SlowUpdates(torch.get_num_threads())
+        # On a device the threads of the CPU are not what updates wait for.
+        self._slow = SlowUpdates(torch.get_num_threads() if engine.device.type == "cpu" else 1)
 
     def restart(self) -> None:
         """The pipeline is empty, or k is another: updates take another time from here on."""
         self._slow.restart()
 
     def took(self, seconds: float, whole: bool) -> None:
-        """A call of ``train_batch`` took so long; ``whole``: with forward and backward passes, as when the pipeline is full."""
+        """A call of ``train_batch`` took so long; ``whole``: the pipeline was full when it began. Calls that fill it do less,
+        and would be the quickest."""
         self.seconds += seconds
         if whole:
             self._slow.add(seconds)

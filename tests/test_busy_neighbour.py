@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 import busy_neighbour
-from busy_neighbour import Job, Timed, jobs_of, neighbours, parse_arguments, report, said_of_threads, variables
+from bench.neighbour import WAYS, Job, Timed, jobs_of, neighbours, report, variables
 from ds_decoupled.threads import THREADS, WAITING
+from run.worlds import Parent, World
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+def set_by(way: str) -> dict[str, str]:
+    said = variables(way, 2, cores=8)
+    assert set(said) == {THREADS, *WAITING}, "what is not set must be taken away"
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def test_ways() -> None:
-    assert variables("default", 2, cores=8) == {}
-    assert variables("one thread", 2, cores=8) == {THREADS: "1"}
-    assert variables("brief spin", 2, cores=8) == {THREADS: "4", "GOMP_SPINCOUNT": "1000"}
-    assert variables("shared", 2, cores=8) == variables("pinned", 2, cores=8) == {THREADS: "4", WAITING[0]: "passive"}
+    assert set_by("default") == {}
+    assert set_by("one thread") == {THREADS: "1"}
+    assert set_by("brief spin") == {THREADS: "4", "GOMP_SPINCOUNT": "1000"}
+    assert set_by("shared") == set_by("pinned") == {THREADS: "4", WAITING[0]: "passive"}
 
 
 @pytest.mark.parametrize(("ranks", "cores", "more"), [
@@ -32,18 +37,22 @@ def test_ways() -> None:
     (1, 1, []),
 ])
 def test_ways_that_make_a_difference(ranks: int, cores: int, more: list[str]) -> None:
-    ways = [job.way for job in jobs_of(parse_arguments([]), "petra", ranks, cores)]
+    ways = [job.way for job in jobs_of(WAYS, "petra", ranks, cores, 16, 16)]
     assert ways == ["default", "shared", *more]
 
 
-def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment_of(parent: Parent) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in (THREADS, *WAITING)}
+
+
+def test_a_world_has_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(THREADS, "7")
     monkeypatch.setenv("GOMP_SPINCOUNT", "9")
     before = dict(os.environ)
-    with said_of_threads({WAITING[0]: "passive"}):
-        assert {name: os.environ.get(name) for name in (THREADS, *WAITING)} == {
-            THREADS: None, WAITING[0]: "passive", "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
-    assert dict(os.environ) == before
+    wanted = {THREADS: None, WAITING[0]: "passive", "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
+    with World(2, environment_of, threads=None, environ=wanted) as world:
+        assert dict(os.environ) == before
+        assert world.answers() == [wanted, wanted]
 
 
 def test_busy_programs_end_with_the_timing() -> None:
@@ -54,7 +63,7 @@ def test_busy_programs_end_with_the_timing() -> None:
 
 
 def test_busy_programs_end_with_what_started_them() -> None:
-    code = ("import os, sys\nsys.path.insert(0, 'recipes')\nfrom busy_neighbour import neighbours\n"
+    code = ("import os, sys\nsys.path.insert(0, 'recipes')\nfrom bench.neighbour import neighbours\n"
             "with neighbours(1) as started:\n    print(started[0].pid, flush=True)\n    os._exit(9)")
     done = subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parent, capture_output=True, text=True, timeout=120)
     process = Path(f"/proc/{int(done.stdout.split()[-1])}")
@@ -66,9 +75,8 @@ def test_busy_programs_end_with_what_started_them() -> None:
 
 
 def test_table() -> None:
-    args = parse_arguments(["--neighbours", "0", "1"])
     found = [Timed(Job("petra", 2, "shared", 16, 16), 1, {0: [0.1, 0.3, 0.2], 1: [0.5, 0.4, 0.9]})]
-    assert report(args, found).splitlines()[-1] == "| petra | 2 | shared | 1 | 0.200 | 0.500 |"
+    assert report([0, 1], found).splitlines()[-1] == "| petra | 2 | shared | 1 | 0.200 | 0.500 |"
 
 
 def test_tiny_run(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ import signal
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -87,23 +87,29 @@ class World:
         ranks: P.
         task: a function of a module, called as ``task(parent, *args)`` on every rank.
         args: its further arguments.
-        threads: of torch, on every rank.
+        threads: of torch, on every rank; None leaves them as the environment has them.
         pinned: a core for each rank alone, if there are as many.
+        environ: variables that the ranks start with, None for one that they lack. OpenMP reads its own once, when torch is
+            loaded, so that ranks with an environment of their own are not forked from the server, which has loaded it, but
+            spawned.
     """
 
-    def __init__(self, ranks: int, task: Callable[..., Any], *args: Any, threads: int = 1, pinned: bool = False) -> None:
+    def __init__(self, ranks: int, task: Callable[..., Any], *args: Any, threads: int | None = 1, pinned: bool = False,
+                 environ: Mapping[str, str | None] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)
         self._logs = [Path(self._folder.name) / f"rank{rank}.log" for rank in range(ranks)]
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        context: Any = _CONTEXT if environ is None else mp.get_context("spawn")
         try:
             for rank, log in enumerate(self._logs):
-                here, there = _CONTEXT.Pipe()
+                here, there = context.Pipe()
                 self._pipes.append(here)
-                process = _CONTEXT.Process(target=_rank, daemon=True, args=(
+                process = context.Process(target=_rank, daemon=True, args=(
                     there, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(log), threads, pinned, task, args))
-                process.start()
+                with _variables(environ or {}):
+                    process.start()
                 there.close()
                 self._processes.append(process)
         except BaseException:
@@ -175,6 +181,25 @@ class World:
         self._folder.cleanup()
 
 
+@contextmanager
+def _variables(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Within, the environment has these; None for one that it lacks."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(wanted: Mapping[str, str | None]) -> None:
+        for name, value in wanted.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 def first_to_speak(worlds: Iterable[World]) -> list[World]:
     """Wait until a rank of some world has something to say; those worlds."""
     owners: dict[Any, World] = {pipe: world for world in worlds for pipe in world._pipes}
@@ -204,7 +229,7 @@ def free_port() -> int:
             return port
 
 
-def _rank(pipe: Connection, place: dict[str, str], log: str, threads: int, pinned: bool, task: Callable[..., Any],
+def _rank(pipe: Connection, place: dict[str, str], log: str, threads: int | None, pinned: bool, task: Callable[..., Any],
           args: tuple[Any, ...]) -> None:
     """A rank's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
@@ -216,7 +241,8 @@ def _rank(pipe: Connection, place: dict[str, str], log: str, threads: int, pinne
         cores, rank = sorted(os.sched_getaffinity(0)), int(place["RANK"])
         if int(place["WORLD_SIZE"]) <= len(cores):
             os.sched_setaffinity(0, {cores[rank]})
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     # As in a user's process. A rank would inherit the server's way to start processes, in which a lock keeps its name in shared
     # memory until its process ends in order; this one does not.
     mp.set_start_method("fork", force=True)
