@@ -40,7 +40,7 @@ def learn(case: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("method", "codec"), [
     ("petra", "int8"), ("petra", {"forward": "int8", "backward": "bf16"}), ("dgl", "int4"), ("dsp", "fp8"),
-    ("delayed", {"backward": "int4"}), ("overlapping", "int4-rotated"), ("pipedream", "int8")])
+    ("delayed", {"backward": "int4"}), ("overlapping", "int4-rotated")])
 def test_it_learns(method: str, codec: Any) -> None:
     """By other numbers and in fewer bytes; at least half as far as without a codec."""
     case = {"method": method, "batches": 60, "size": 8, "lr": 0.02, "net_args": {"channels": 8}}
@@ -104,3 +104,10 @@ def test_bytes_are_those_counted() -> None:
     assert payload["int8"] == numbers + scales
     assert payload["int4"] == numbers // 2 + scales
     assert payload["up"] == 4 * numbers * 2 // 6 + (numbers + scales) * 4 // 6  # gradients alone as they are
+
+
+def test_shapes_that_change() -> None:
+    """A message's size follows from its shapes, and those change from one micro-batch to the next."""
+    case = {"net": "gpt", "varied": True, "batches": 14, "k": 2, "net_args": {}, "block": {"codec": "int4-rotated"}}
+    results = trained("petra", "int4-rotated", **case)
+    assert all(value.isfinite().all() for value in engine_cases.merged(results).values())

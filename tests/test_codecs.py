@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,7 +23,8 @@ SCALED = ["fp8", "int8", "int4", "int4-rotated"]
 LEVELS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0, "int4-rotated": 7.0}
 #: Of every number of dimensions, with odd counts, and one that no power of two divides.
 SHAPES = [(64,), (129,), (16, 24), (7, 33), (5, 9, 12), (3, 6, 5, 7), (2, 64, 4, 4), (2, 5, 3, 4, 5), (9, 96)]
-OTHERS = [dtype for dtype in wire._DTYPES if dtype not in FLOATS]
+OTHERS = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.uint16, torch.bool, torch.complex64, torch.complex32,
+          torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 def there_and_back(codec: Codec, tensor: Tensor, key: tuple[int, ...] = (1, 2, 3)) -> Tensor:
@@ -290,3 +293,28 @@ def test_a_second_time_changes_nothing(name: str) -> None:
     y = torch.randn(16, 32, 4, 4, generator=torch.Generator().manual_seed(5))
     once = there_and_back(CODECS[name], y)
     torch.testing.assert_close(there_and_back(CODECS[name], once), once, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chance", [False, True])
+@pytest.mark.parametrize("name", SCALED)
+def test_no_loop_over_channels(name: str, chance: bool) -> None:
+    """Sixteen times the channels are no operation more."""
+    codec = CODECS[name].by_chance() if chance else CODECS[name]
+
+    def operations(count: int) -> int:
+        x = torch.randn(4, count, 4, 4)
+        there_and_back(codec, x)  # what is made once
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            there_and_back(codec, x)
+        return sum(event.name.startswith("aten::") for event in seen.events() or ())
+
+    assert 0 < operations(64) == operations(1024)
+
+
+def test_the_page_tells_of_every_codec() -> None:
+    """With the bytes of its example."""
+    page = (Path(__file__).parent.parent / "docs" / "links.md").read_text()
+    assert re.findall(r'^\| `"([\w-]+)"`', page, re.MULTILINE) == list(CODECS)
+    sizes = dict.fromkeys(CODECS[name].nbytes((16, 64, 8, 8), torch.float32) for name in CODECS)
+    [told] = re.findall(r"8 × 8, in\nbytes: (.*)\.", page)
+    assert [int(number.replace(",", "")) for number in re.findall(r"[\d,]+\d\d\d", told)] == list(sizes)

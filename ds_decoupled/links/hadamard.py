@@ -1,8 +1,8 @@
 """``"int4-rotated"``: the features of a channel dimension are rotated before they are quantized, and back by the receiver.
 
-A few large features make the steps of all others coarse where numbers share a scale, and zeros waste them. A Hadamard matrix
-spreads each over its whole block: block by block of ``b`` consecutive channels, ``y = H x / sqrt(b)``, with H's entries 1 and
--1. It is orthonormal and symmetric, so that it is its own inverse, and an error of y is one of x of the same length.
+Where numbers share a scale, a few large ones make the steps of all others coarse. A Hadamard matrix spreads each over a block
+of ``b`` consecutive channels: ``y = H x / sqrt(b)``, with H's entries 1 and -1. It is orthonormal and symmetric, so that it is
+its own inverse, and an error of y is one of x of the same length. QuaRot (arXiv 2404.00456) rotates weights and activations so.
 """
 
 from __future__ import annotations
