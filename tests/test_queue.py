@@ -33,7 +33,7 @@ def send_until_full(queue: int) -> int:
         sender.timeout = 20
         for m in range(sent, 20):  # the other side takes them now
             sender.send(Message(m, (torch.tensor(m),)))
-        sender.flush(20)
+        sender.wait_until_taken(20)
         assert sender.under_way.peak <= queue + 1
         return sent
     dist.barrier()
