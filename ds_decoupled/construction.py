@@ -21,7 +21,7 @@ from ds_decoupled.collectives import error_of_group, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.feed import Feed, MicroBatch
 from ds_decoupled.instructions import instruction_map
-from ds_decoupled.links import CODECS
+from ds_decoupled.links import codecs_of
 from ds_decoupled.losses import Losses
 from ds_decoupled.network import Network
 from ds_decoupled.optim import (
@@ -87,8 +87,9 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               flush=axes.flush, split_backward=block.split_backward, window=axes.window,
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
                               farthest=block.losses == "farthest", family=axes.gradient)
-        self.network = Network(grid, self.placement, rank, self.device, CODECS[block.codec], block.timeout, self._queue(),
-                               track=block.track_gradients > 0)
+        self.network = Network(grid, self.placement, rank, self.device,
+                               partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward), block.timeout,
+                               self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.leaving import wait_at_exit
-from ds_decoupled.links import Codec, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
+from ds_decoupled.links import Codecs, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
 from ds_decoupled.schedules import Action, Placement, Slot
 
 #: One process group a channel, so that no message waits behind one that goes the other way; evaluation has its own, so
@@ -56,10 +56,10 @@ def _open(group: Any, before: int | None, after: int | None, sends_first: bool, 
 class Channel:
     """One direction of messages along the pipe: from the neighbour before, to the neighbour after (either may be missing)."""
 
-    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codec: Codec,
-                 timeout: float, queue: int | None = None) -> None:
-        self.receiver = None if before is None else RemoteReceiver(before, group, device, codec, timeout)
-        self.sender = None if after is None else RemoteSender(after, group, device, codec, timeout, queue)
+    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codecs: Codecs,
+                 timeout: float, queue: int | None = None, seed: Callable[[], tuple[int, ...]] = tuple) -> None:
+        self.receiver = None if before is None else RemoteReceiver(before, group, device, codecs, timeout)
+        self.sender = None if after is None else RemoteSender(after, group, device, codecs, timeout, queue, seed)
 
 
 class Network:
@@ -70,18 +70,20 @@ class Network:
         placement: stages and their ranks.
         rank: this process's place on the pipe axis.
         device: where tensors live.
-        codec: how values are written between ranks.
+        codecs: how a channel's values are written between ranks.
         timeout: seconds that a receive may take.
         track: whether the gradient tracker's channels are needed.
         queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
+        seed: of what codecs draw by chance.
 
     Attributes:
         channels: by name, see ``_CHANNELS``.
         failed: whether this rank or another has failed.
     """
 
-    def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device, codec: Codec, timeout: float,
-                 queue: int, track: bool = False) -> None:
+    def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device,
+                 codecs: Callable[[str], Codecs], timeout: float, queue: int, track: bool = False,
+                 seed: Callable[[], int] = int) -> None:
         self.placement, self.rank, self.timeout = placement, rank, timeout
         stages = placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
@@ -95,11 +97,13 @@ class Network:
         if placement.ranks > 1:
             for name, group in _make_groups(grid, track).items():
                 ends = (above, below) if "backward" in name else (below, above)
-                self.channels[name] = Channel(group, *ends, device, codec, timeout,
-                                              queue if name in ("forward", "backward") else _AHEAD)
+                # Replicas and links draw apart.
+                self.channels[name] = Channel(group, *ends, device, codecs(name), timeout,
+                                              queue if name in ("forward", "backward") else _AHEAD,
+                                              lambda: (seed(), grid.global_rank))
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
-            self.channels = {name: Channel(None, None, None, device, codec, timeout) for name in _CHANNELS}
+            self.channels = {name: Channel(None, None, None, device, (), timeout) for name in _CHANNELS}
         self._forward, self._backward = self.channels["forward"], self.channels["backward"]
         self.failed = False
         self.start_run(0)

@@ -41,7 +41,8 @@ def test_presets() -> None:
 
 def test_defaults() -> None:
     config = parse(method="petra")
-    assert (config.stages, config.partition, config.codec) == ("ranks", "parameters", "none")
+    assert (config.stages, config.partition) == ("ranks", "parameters")
+    assert (config.codec.forward, config.codec.backward) == ("none", "none")
     assert (config.split_backward, config.track_gradients) == (False, 0)
 
 
@@ -65,6 +66,13 @@ def test_what_deepspeed_does_itself() -> None:
     assert parse(method="delayed", update="flush").is_plain_backprop
 
 
+def test_codec_of_each_direction() -> None:
+    both = parse(method="petra", codec="int8").codec
+    assert (both.forward, both.backward) == ("int8", "int8")
+    one = parse(method="petra", codec={"forward": "int4-rotated"}).codec
+    assert (one.forward, one.backward) == ("int4-rotated", "none")
+
+
 WRONG: list[tuple[dict[str, Any], str, Any, str, str]] = [
     # the block, the setting named, the value shown, a part of what is allowed, a part of the hint
     ({"method": "petr"}, "decoupled.method", "petr", "'dsp', 'petra'", "Did you mean 'petra'?"),
@@ -77,7 +85,12 @@ WRONG: list[tuple[dict[str, Any], str, Any, str, str]] = [
     ({"method": "petra", "weights": "none"}, "decoupled.weights", "none", "'current', 'stashed'", "Take one"),
     ({"method": "petra", "update": "late"}, "decoupled.update", "late", "'flush', 'delayed'", "Take one"),
     ({"method": "petra", "input": "steam"}, "decoupled.input", "steam", "'stream'", "Did you mean 'stream'?"),
-    ({"method": "petra", "codec": "fp4"}, "decoupled.codec", "fp4", "'none', 'bf16'", "Take one"),
+    ({"method": "petra", "codec": "fp4"}, "decoupled.codec", "fp4", "'none', 'bf16'", "Did you mean 'fp8'?"),
+    ({"method": "petra", "codec": "zip"}, "decoupled.codec", "zip", "'int4-rotated'", "Take one"),
+    ({"method": "petra", "codec": 8}, "decoupled.codec", 8, 'such as {"forward": "int8"', "Leave it out for none"),
+    ({"method": "petra", "codec": {"forward": "zip"}}, "decoupled.codec.forward", "zip", "'none', 'bf16'", "Take one"),
+    ({"method": "petra", "codec": {"backwards": "int8"}}, "decoupled.codec.backwards", "int8", "'backward'",
+     "Did you mean 'backward'?"),
     ({"method": "petra", "stages": "block"}, "decoupled.stages", "block", "'ranks', 'blocks'",
      "Did you mean 'blocks'?"),
     ({"method": "petra", "stages": 0}, "decoupled.stages", 0, "at least 1 stage", 'Give a number, "ranks"'),

@@ -217,7 +217,7 @@ DECOUPLED = [Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, 
     ("stages", 2.5), ("hops", [10**9, 10**9]), ("hops", [1, 10**9]), ("hops", [1]), ("hops", ["1", "1"]), ("queue", 0),
     ("queue", 10**9), ("window", 2), ("partition", [0, 3]), ("partition", "size"), ("timeout", 0), ("timeout", INF),
     ("timeout", "600"), ("stage_lr", [1.0]), ("stage_lr", [-1.0] * 7), ("stage_lr", [NAN] * 7), ("track_gradients", "1"),
-    ("codec", "fp8"), ("compile", "yes"), ("split_backward", 1), ("lr_by_delay", -1), ("recover", "guess"))]
+    ("codec", "fp4"), ("codec", 8), ("compile", "yes"), ("split_backward", 1), ("lr_by_delay", -1), ("recover", "guess"))]
 DECOUPLED += [
     Wrong("decoupled", {"decoupled": "petra"}),
     Wrong("decoupled.method", {"decoupled": {"stages": 2}}),
@@ -227,6 +227,8 @@ DECOUPLED += [
         ("input_shape", [10**9, 10**9]), ("input_shape", [-2, 8, 8]), ("stop_after", [1]), ("head_refresh", 0))],
     *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
         ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
+    *[Wrong(f"decoupled.codec.{name}", {f"decoupled.codec.{name}": value}) for name, value in (
+        ("forwards", "int8"), ("forward", "int9"), ("backward", 8), ("backward", None))],
 ]
 
 #: Of our own block, under a method for which they would do nothing.

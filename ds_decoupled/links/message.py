@@ -12,8 +12,8 @@ announced by a buffer of the old size whose header says so; the receiver then po
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links.codec import Codec
+from ds_decoupled.links.table import Codecs
 
 HEADER_INTS = 128  # of the smallest header; a longer one is a multiple
 HEADER_BYTES = HEADER_INTS * 8
@@ -46,19 +47,30 @@ class Message:
     parts: tuple[Any, ...]
 
 
-def _entries(message: Message) -> list[Tensor | None]:
-    return [t for part in message.parts if part is not None for t in (part if isinstance(part, tuple) else (part,))]
+_AS_IT_IS = Codec()
+
+
+def _codec(codecs: Codecs, part: int) -> Codec:
+    return codecs[part] if part < len(codecs) else _AS_IT_IS
+
+
+def _entries(message: Message, codecs: Codecs) -> Iterator[tuple[Tensor, Codec]]:
+    """The tensors that are there, and by which codec each travels."""
+    for place, part in enumerate(message.parts):
+        for tensor in part if isinstance(part, tuple) else (part,):
+            if tensor is not None:
+                yield tensor, _codec(codecs, place)
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-def encode_header(message: Message, codec: Codec) -> tuple[list[int], int]:
+def encode_header(message: Message, codecs: Codecs) -> tuple[list[int], int]:
     """The header of ``message`` and the size in bytes of its buffer."""
     header = [0, message.micro_batch, 0, len(message.parts)]
     size = 0
-    for part in message.parts:
+    for place, part in enumerate(message.parts):
         header.append(-1 if part is None else 0 if isinstance(part, Tensor) else len(part) + 1)
         for tensor in () if part is None else (part,) if isinstance(part, Tensor) else part:
             if tensor is None:
@@ -69,7 +81,7 @@ def encode_header(message: Message, codec: Codec) -> tuple[list[int], int]:
                 raise LinkError(f"tensors of {kind} cannot travel between ranks; pass dense ones of a plain type from layer to "
                                 "layer")
             header += [_DTYPE_ID[tensor.dtype], tensor.dim(), *tensor.shape]
-            size += _aligned(tensor.numel() * codec.wire_dtype(tensor.dtype).itemsize)
+            size += _aligned(_codec(codecs, place).nbytes(tensor.shape, tensor.dtype))
     # Padded, so that messages of one shape keep one size even if a number in the header needs more room.
     header += [0] * (-len(header) % HEADER_INTS)
     size += 8 * len(header)
@@ -77,17 +89,18 @@ def encode_header(message: Message, codec: Codec) -> tuple[list[int], int]:
     return header, size
 
 
-def write(message: Message, header: list[int], buffer: Tensor, codec: Codec) -> None:
-    """Fill ``buffer`` (uint8)."""
+def write(message: Message, header: list[int], buffer: Tensor, codecs: Codecs, seed: tuple[int, ...] = ()) -> None:
+    """Fill ``buffer`` (uint8).
+
+    Args:
+        seed: of what codecs draw by chance, with the micro-batch and the tensor's place in the message behind it: no state is
+            kept, so that a run that is resumed draws the same.
+    """
     offset = 8 * len(header)
     buffer[:offset].view(torch.int64).copy_(torch.tensor(header))
-    for tensor in _entries(message):
-        if tensor is None:
-            continue
-        wire = codec.wire_dtype(tensor.dtype)
-        nbytes = tensor.numel() * wire.itemsize
-        if nbytes:
-            buffer[offset:offset + nbytes].view(wire).view(tensor.shape).copy_(tensor, non_blocking=True)
+    for place, (tensor, codec) in enumerate(_entries(message, codecs)):
+        nbytes = codec.nbytes(tensor.shape, tensor.dtype)
+        codec.write(tensor, buffer[offset:offset + nbytes], (*seed, message.micro_batch, place))
         offset += _aligned(nbytes)
 
 
@@ -101,13 +114,13 @@ def read_size(buffer: Tensor) -> int:
     return int(buffer[:8].view(torch.int64).item())
 
 
-def read(buffer: Tensor, codec: Codec, device: torch.device) -> Message:
+def read(buffer: Tensor, codecs: Codecs, device: torch.device) -> Message:
     """The message in ``buffer``; its tensors are views where nothing has to be converted."""
     offset = 8 * int(buffer[16:24].view(torch.int64).item())
     header: list[int] = buffer[:offset].view(torch.int64).tolist()
     position = 4
 
-    def tensor() -> Tensor | None:
+    def tensor(codec: Codec) -> Tensor | None:
         nonlocal position, offset
         if header[position] == _ABSENT:
             position += 1
@@ -115,15 +128,13 @@ def read(buffer: Tensor, codec: Codec, device: torch.device) -> Message:
         dtype, dims = _DTYPES[header[position]], header[position + 1]
         shape = header[position + 2:position + 2 + dims]
         position += 2 + dims
-        wire = codec.wire_dtype(dtype)
-        nbytes = prod(shape) * wire.itemsize
-        values = buffer[offset:offset + nbytes].view(wire).view(shape)
-        offset += _aligned(nbytes)
-        return values.to(device=device, dtype=dtype, non_blocking=True)
+        nbytes = codec.nbytes(shape, dtype)
+        start, offset = offset, offset + _aligned(nbytes)
+        return codec.read(buffer[start:start + nbytes], shape, dtype, device)
 
     parts: list[Any] = []
-    for _ in range(header[3]):
-        count = header[position]
+    for place in range(header[3]):
+        count, codec = header[position], _codec(codecs, place)
         position += 1
-        parts.append(None if count < 0 else tensor() if count == 0 else tuple(tensor() for _ in range(count - 1)))
+        parts.append(None if count < 0 else tensor(codec) if count == 0 else tuple(tensor(codec) for _ in range(count - 1)))
     return Message(header[1], tuple(parts))

@@ -7,7 +7,7 @@ cannot move the device's tensors (gloo with CUDA) buffers are pinned host memory
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.links import message as wire
-from ds_decoupled.links.codec import Codec
 from ds_decoupled.links.local import check
 from ds_decoupled.links.message import HEADER_BYTES, Message
+from ds_decoupled.links.table import Codecs
 from ds_decoupled.links.under_way import UnderWay, first_line
 
 #: In place of a micro-batch's number: the sender failed, and the message says why.
@@ -42,18 +42,19 @@ class RemoteSender:
         peer: the receiver's global rank.
         group: the process group of this direction.
         device: where the tensors live.
-        codec: how values are written.
+        codecs: how the parts' values are written; the receiver must be given the same.
         timeout: seconds that a send may wait for room in the queue.
         queue: messages that may be under way at once; None for any number.
+        seed: what codecs that round by chance draw from, asked at every message.
 
     Attributes:
         under_way: what the peer has not taken yet.
     """
 
-    def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec, timeout: float = 600.0,
-                 queue: int | None = None) -> None:
-        self.peer, self.group, self.device, self.codec = peer, group, device, codec
-        self.timeout, self.queue = timeout, queue
+    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, timeout: float = 600.0,
+                 queue: int | None = None, seed: Callable[[], tuple[int, ...]] = tuple) -> None:
+        self.peer, self.group, self.device, self.codecs = peer, group, device, codecs
+        self.timeout, self.queue, self.seed = timeout, queue, seed
         self.buffer_device = buffer_device(group, device)
         self.bytes_sent = 0
         self.messages_sent = 0
@@ -83,14 +84,14 @@ class RemoteSender:
         self.under_way.wait_below(1, timeout)
 
     def _send(self, message: Message) -> None:
-        header, size = wire.encode_header(message, self.codec)
+        header, size = wire.encode_header(message, self.codecs)
         if size != self._size:
             announcement = _new_buffer(self._size, self.buffer_device, self.device)
             wire.announce(size, announcement)
             self._isend(announcement)
             self._size = size
         buffer = _new_buffer(size, self.buffer_device, self.device)
-        wire.write(message, header, buffer, self.codec)
+        wire.write(message, header, buffer, self.codecs, self.seed())
         if self.buffer_device != self.device:
             torch.cuda.current_stream(self.device).synchronize()  # the copy to host memory must be complete
         self._isend(buffer)
@@ -115,8 +116,8 @@ class RemoteReceiver:
         end_reason: why, if the data failed.
     """
 
-    def __init__(self, peer: int, group: Any, device: torch.device, codec: Codec, timeout: float) -> None:
-        self.peer, self.group, self.device, self.codec = peer, group, device, codec
+    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, timeout: float) -> None:
+        self.peer, self.group, self.device, self.codecs = peer, group, device, codecs
         self.timeout = timedelta(seconds=timeout)
         self.buffer_device = buffer_device(group, device)
         self.arrived: deque[Message] = deque()
@@ -190,7 +191,7 @@ class RemoteReceiver:
             self._size = size
             self._post()
             return
-        message = wire.read(buffer, self.codec, self.device)
+        message = wire.read(buffer, self.codecs, self.device)
         if message.micro_batch == _FAILED:
             rank, _, reason = _read_text(message).partition(" ")
             self._failure = int(rank), reason
