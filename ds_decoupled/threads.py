@@ -30,6 +30,15 @@ THREADS = "OMP_NUM_THREADS"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+#: What :func:`share_cores` has set in this process.
+_settled: set[str] = set()
+
+
+def settled_here() -> bool:
+    """Whether :func:`share_cores` has settled the number of threads of this process, so that nobody else has."""
+    return THREADS in _settled
+
+
 def share_cores(environ: MutableMapping[str, str] | None = None, tell: bool = True) -> None:
     """Settle the threads of this process and of those that it starts, where the user has not: see :func:`settings`.
 
@@ -43,6 +52,8 @@ def share_cores(environ: MutableMapping[str, str] | None = None, tell: bool = Tr
     cores = usable_cores()
     settled = settings(environ, cores)
     environ.update(settled)
+    if environ is os.environ:
+        _settled.update(settled)
     if settled and tell and environ.get("RANK", "0") == "0":
         asleep = environ.get(WAITING[0], "").lower() == "passive"
         print(told(settled, cores, ranks_here(environ), asleep), file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ds_decoupled.errors import ConfigError
 from run.setup import Setup
+from run.thread_trial import ThreadTrial
 
 
 class Loader(Protocol):
@@ -98,12 +99,13 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
     if test_first and not progress.updates:
         progress.add(0, math.nan, test())
     bar = tqdm(total=ends[-1], initial=first, unit="update", mininterval=0.5, disable=dist.get_rank() != 0)
+    trial = ThreadTrial.of_this_process(tell=dist.get_rank() == 0)
     for number, end in enumerate(ends, start=1):
         if end <= first:
             continue
         last = number == len(ends)
         start = time.perf_counter()
-        loss = _stretch(engine, loader, end - progress.done, bar)
+        loss = _stretch(engine, loader, end - progress.done, bar, trial)
         seconds += time.perf_counter() - start
         metrics = engine.stage_metrics()
         progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics)
@@ -144,10 +146,11 @@ def _resume(engine: Any, setup: Setup, folder: str, updates: int) -> Progress:
     return progress
 
 
-def _stretch(engine: Any, loader: Loader | None, updates: int, bar: tqdm[Any]) -> float:
+def _stretch(engine: Any, loader: Loader | None, updates: int, bar: tqdm[Any], trial: ThreadTrial) -> float:
     """Mean loss of the micro-batches that finished; nan if the pipeline was still filling."""
     losses: list[Tensor] = []
     for _ in range(updates):
-        losses.append(engine.train_batch(data_iter=loader).detach().float().mean())
+        with trial.update():
+            losses.append(engine.train_batch(data_iter=loader).detach().float().mean())
         bar.update()
     return torch.stack(losses).nanmean().item() if losses else math.nan
