@@ -144,9 +144,9 @@ class Stage:
         with self.seeds.scope(), self.weights.ahead():
             x = inputs
             for segment in self.segments:
+                given, x = x, segment.forward(micro_batch, x)
                 for observer in self.observers:
-                    observer.went_forward(segment, micro_batch, x)
-                x = segment.forward(micro_batch, x)
+                    observer.went_forward(segment, micro_batch, given)
         self.weights.forward_done(micro_batch)
         self.in_flight.add(micro_batch)
         self.peak_in_flight = max(self.peak_in_flight, len(self.in_flight))

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from bench.runner import Runner
 from ds_decoupled.schedules import Action
 from ds_decoupled.stages import Outcome
+from ds_decoupled.stages.segment import Segment, SegmentObserver
 from ds_decoupled.watchers import Watcher
 
 
@@ -19,8 +20,9 @@ def distinct_bytes(tensors: Iterator[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class Held(Watcher):
-    """Looks after every forward and backward pass at what the rank holds.
+class Held(Watcher, SegmentObserver):
+    """Looks at what the rank holds, as soon as a stage has gone forward (a stage with a loss of its own keeps nothing longer),
+    and when it has gone back.
 
     Attributes:
         peaks: in bytes: ``kept`` is what stages keep for their backward passes, ``with_messages`` that and what waits between
@@ -31,9 +33,14 @@ class Held(Watcher):
         self.engine = engine
         self.peaks = {"kept": 0, "with_messages": 0, "stashed": 0}
 
+    def went_forward(self, segment: Segment, micro_batch: int, inputs: Any) -> None:
+        self._look()
+
     def acted(self, action: Action, outcome: Outcome) -> None:
-        if not (action.kind.begins or action.kind.ends):
-            return
+        if action.kind.begins or action.kind.ends:
+            self._look()
+
+    def _look(self) -> None:
         stages = self.engine.stages.values()
         kept = [t for stage in stages for t in stage.kept()]
         waiting = [t for message in self.engine.network.queued() for t in tree_leaves(message.parts) if isinstance(t, Tensor)]
@@ -45,8 +52,13 @@ class Held(Watcher):
 def watch_activations(runner: Runner, calls: int) -> dict[str, int]:
     """Run so many calls of ours under a :class:`Held`; its peaks."""
     held = Held(runner.engine)
+    stages = runner.engine.stages.values()
     runner.engine.watch(held)
+    for stage in stages:
+        stage.observers.append(held)
     for _ in range(calls):
         runner.call()
     runner.engine.watchers.remove(held)
+    for stage in stages:
+        stage.observers.remove(held)
     return held.peaks
