@@ -1,13 +1,15 @@
 """DeepSpeed's face of a decoupled pipeline: ``train_batch``, ``eval_batch``, ``drain``, ``save``, ``load``.
 
-A micro-batch's way, and the room that knows each step (docs/architecture.md has the whole drawing)::
+A micro-batch's way through two ranks of one stage each (actions in dashes, queues in brackets; ``~`` is a channel)::
 
-    data iterator --feed--> network's queue of raw batches
-    runners/   decides which action is due, and carries it out
-    stages/    a worker takes the message from its queue, its stage acts, what comes of it goes to the next queue
-    network    moves what lies at a rank's ends to the neighbours, and takes in what they send
-    optim/     the stage steps by its own optimizer after its own k-th gradient
-    watchers/  are told of all of it
+    rank 0:  iterator --feed--> [batch] --L--> [input 0] --F--> [output 0] --SA~
+                                                                               ~--RA--> [input 1] --X--> loss    : rank 1
+    rank 0:                        stage 0's .grad <--B-- [output gradient 0] <--RG~
+                                             |                                 ~--SG-- [input gradient 1] <--X-- : rank 1
+                                             `-- after its k-th: U, by the stage's own optimizer
+
+``runners/`` decides which action is due and carries it out; ``stages/`` says what it does, ``network`` and ``links/`` move what lies
+at a rank's ends, ``optim/`` steps, and ``watchers/`` are told of all of it. docs/architecture.md has the rooms.
 """
 
 from __future__ import annotations
