@@ -8,8 +8,8 @@ A micro-batch's way through two ranks of one stage each (actions in dashes, queu
                                              |                                 ~--SG-- [input gradient 1] <--X-- : rank 1
                                              `-- after its k-th: U, by the stage's own optimizer
 
-``runners/`` decides which action is due and carries it out; ``stages/`` says what it does, ``network`` and ``links/`` move what lies
-at a rank's ends, ``optim/`` steps, and ``watchers/`` are told of all of it. docs/architecture.md has the rooms.
+``runners/`` decides which action is due and carries it out; ``stages/`` says what it does, ``network`` and ``links/`` move
+what lies at a rank's ends, ``optim/`` steps, and ``watchers/`` are told of all of it. docs/architecture.md has the rooms.
 """
 
 from __future__ import annotations
