@@ -43,7 +43,8 @@ def train_long(case: dict[str, Any]) -> dict[str, Any]:
     engine.drain()
     summary = engine.decoupled_summary()
     return {"most": most, "drained": network.held(), "resident": resident, "files": files, "held": summary["held"],
-            "delays": summary["delays"], "rank": engine.global_rank}
+            "delays": summary["delays"], "rank": engine.global_rank,
+            "bounds": {name: channel.sender.queue for name, channel in network.channels.items() if channel.sender is not None}}
 
 
 @pytest.mark.parametrize("method", ["petra", "delayed", "dgl", "overlapping"])
@@ -57,6 +58,9 @@ def test_nothing_piles_up(method: str) -> None:
     for result in results:
         # A rank runs ahead of its neighbour by the delay at the most, or by its queue; a message may have an announcement.
         limit = 4 * (max(result["delays"]) + 2 + (4 if method == "dgl" else 0))
+        # On a machine that is so busy that the backend is slow to let go, the bound is what holds.
+        assert all(bound is not None for bound in result["bounds"].values()), result["bounds"]
+        assert all(result["bounds"][name] <= limit for name in ("forward", "backward") if name in result["bounds"])
         assert result["most"]["sent"] <= limit and result["held"][result["rank"]]["peak_sent"] <= limit, result
         assert result["most"]["arrived"] <= limit and result["most"]["queued"] <= 2 * limit, result
         assert {name: result["drained"][name] for name in ("sent", "sent_bytes", "arrived", "queued")} == {
