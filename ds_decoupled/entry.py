@@ -87,7 +87,7 @@ def _read(given: Mapping[str, Any], weights: list[float]) -> tuple[Setup | None,
     model: PipelineModule = given["model"]
     _check_stage_schedulers(block)
     # A plain module has been cut before it came here: into ranks, which for DeepSpeed's own engine are the stages too.
-    for name in ("partition", *(["stages"] if block.is_plain_backprop else [])):
+    for name in ("partition", *(["stages"] if block.is_plain_backprop and block.stages != model.num_stages else [])):
         value = getattr(block, name)
         if value != DecoupledConfig.model_fields[name].default and not isinstance(model, DecoupledPipelineModule):
             raise ConfigError(f"{BLOCK}.{name}", value, "a plain PipelineModule has cut its layers by its own "
