@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ds_decoupled import compat
-from ds_decoupled.collectives import error_of_group, gather, together
+from ds_decoupled.collectives import gather, together
 from ds_decoupled.config import DecoupledConfig
-from ds_decoupled.feed import Feed, MicroBatch
+from ds_decoupled.feed import Feed
 from ds_decoupled.instructions import instruction_map
 from ds_decoupled.links import codecs_of
 from ds_decoupled.losses import Losses
@@ -115,9 +115,11 @@ class ConstructedEngine(compat.PipelineEngineBase):
                                   self.losses.add if s == top else None, self.watchers,
                                   None if block.stop_after is None else block.stop_after[s])
                         for s, stage in self.stages.items()}
+        # The user may set another iterator or batch_fn between two calls.
+        fetch = lambda count: self.feed.fetch(self.data_iterator, self.batch_fn, count, self._replicas)  # noqa: E731
         self.runner = RUNNERS[self.axes.pace](
             self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
-            execute=self.run_schedule, fetch=self._fetch if self.is_first_stage() else None)
+            execute=self.run_schedule, fetch=fetch if self.is_first_stage() else None)
         for index, stage in self.stages.items():
             stage.returns_input = index - 1 in self.plan.wants_output
         self.instruction_map = instruction_map(self.runner.act)
@@ -162,14 +164,3 @@ class ConstructedEngine(compat.PipelineEngineBase):
     def _replicas(self) -> Any:
         """The group of data-parallel replicas; None for one."""
         return self.mpu.get_data_parallel_group() if self.is_data_parallel else None
-
-    def _fetch(self, count: int) -> list[MicroBatch] | Exception:
-        """The next micro-batches; or why there are none, on all replicas."""
-        fetched: list[MicroBatch] = []
-        error: Exception | None = None
-        try:
-            for _ in range(count):
-                fetched.append(self.feed.next(self.data_iterator, self.batch_fn, "train_batch"))
-        except Exception as failure:
-            error = failure
-        return error_of_group(error, self._replicas, self.device) or fetched

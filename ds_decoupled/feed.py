@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_decoupled.collectives import error_of_group
 from ds_decoupled.errors import BatchError
 from ds_decoupled.tensors import Tensors, describe_value
 
@@ -53,6 +54,24 @@ class Feed:
         batch = next(iterator)
         inputs, labels = self._parts(batch_fn(batch) if batch_fn else batch)
         return self._own(inputs, "inputs"), None if labels is None else self._own(labels, "labels")
+
+    def fetch(self, iterator: Iterator[Any] | None, batch_fn: Callable[[Any], Any] | None, count: int,
+              replicas: Any) -> list[MicroBatch] | Exception:
+        """The micro-batches of a call of ``train_batch``; or why there are none, on all replicas alike.
+
+        Args:
+            iterator, batch_fn: as in :meth:`next`.
+            count: k.
+            replicas: the data-parallel group, None for one replica. A collective call of it.
+        """
+        fetched: list[MicroBatch] = []
+        error: Exception | None = None
+        try:
+            for _ in range(count):
+                fetched.append(self.next(iterator, batch_fn, "train_batch"))
+        except Exception as failure:
+            error = failure
+        return error_of_group(error, replicas, self.device) or fetched
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, (tuple, list)):

@@ -17,6 +17,7 @@ hold count as infinite. Channels of subnormal scale arrive as 0.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import ClassVar, TypeVar
@@ -47,7 +48,7 @@ def draws(shape: Sequence[int], key: Sequence[int], device: torch.device) -> Ten
     return torch.rand(tuple(shape), generator=torch.Generator(device).manual_seed(int(seed)), device=device)
 
 
-class Scaled(Codec):
+class Scaled(Codec, ABC):
     """What the codecs with scales share. To nearest by default, see :meth:`by_chance`.
 
     Attributes:
@@ -117,14 +118,14 @@ class Scaled(Codec):
         """The inverse of :meth:`prepare`."""
         return x
 
+    @abstractmethod
     def quantize(self, x: Tensor, uniform: Tensor | None) -> Tensor:
         """Codes, one byte each, of numbers in ``[-levels, levels]``; ``uniform`` is in ``[0, 1)`` of the same shape, where
         chance rounds. ``x`` may be overwritten."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:
         """The numbers (float32, new) that codes (uint8) stand for."""
-        raise NotImplementedError
 
     def packed_bytes(self, count: int) -> int:
         """The bytes of so many codes."""

@@ -301,11 +301,6 @@ class Stage:
         for segment in self.segments:
             yield from segment.kept()
 
-    def kept_bytes(self) -> int:
-        """Bytes held for micro-batches in flight, each storage once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.kept()}
-        return sum(storages.values())
-
     def state_dict(self) -> dict[str, Any]:
         """What is in flight, and the weights' versions."""
         return {"segments": [segment.state_dict() for segment in self.segments], "weights": self.weights.state_dict(),

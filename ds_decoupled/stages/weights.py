@@ -100,10 +100,6 @@ class Weights:
             self.stash[self.version] = [p.detach().clone() for p in self.parameters]
         self.version += 1
 
-    def versions_kept(self) -> int:
-        """Copies of the weights beside the current one."""
-        return len(self.stash)
-
     @contextmanager
     def of(self, micro_batch: int) -> Iterator[None]:
         """Within, the parameters hold the values that ``micro_batch`` saw in its forward pass."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -30,14 +29,10 @@ def distributed(backend: str | None) -> Iterator[None]:
     os.environ.setdefault("MASTER_PORT", "29500")
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if accelerator.device_name() != "cpu":
         # With fewer devices than processes (and gloo) several share one; DeepSpeed reads the device from here.
         os.environ["LOCAL_RANK"] = str(local_rank % accelerator.device_count())
         accelerator.set_device(local_rank % accelerator.device_count())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # Every process would take all cores, and they would take turns.
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     board: NoticeBoard | None = None
     try:
         _check_backend(backend)
