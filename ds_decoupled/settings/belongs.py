@@ -121,6 +121,8 @@ def _decoupled(setting: str, why: str, instead: str = LEAVE_BACKPROP) -> Row:
 #: In the order in which they are looked at: the axes before what hangs on them.
 ROWS: tuple[Row, ...] = (
     Row("method"), Row("stages"), Row("partition"), Row("gradient"),
+    Row("window", (STREAM,), "a stage that replays its input has nobody to give a gradient to", 'Leave "window" out.',
+        lambda window: window not in (None, 1), "more than 1"),
     _value("input", "replay", (LOCAL, ALONE), "a stage that replays its input has nobody to give a gradient to",
            'Take "method": "dgl_async", or "input": "stream".'),
     _value("input", "replay", (OWN_PACE,), "every micro-batch comes in its tick, once", 'Leave "pace" out, or take "free".'),
