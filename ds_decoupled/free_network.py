@@ -28,7 +28,7 @@ from ds_decoupled.network import TRAINING, Channel, Network
 from ds_decoupled.schedules import Action
 from ds_decoupled.schedules.replay import Replay
 
-#: Seconds in which a neighbour whose connection broke has said that it left, if it did.
+#: Seconds in which a neighbour whose connection broke has said farewell, if it did.
 _FAREWELL = 2.0
 
 
@@ -45,7 +45,6 @@ class FreeNetwork(Network):
     def __init__(self, grid: Any, *args: Any, **kwargs: Any) -> None:
         self.changed = threading.Condition()
         super().__init__(grid, *args, **kwargs)
-        self._unsent = 0
         self._below = receiver if isinstance(receiver := self._forward.receiver, FreeReceiver) else None
         self._above = receiver if isinstance(receiver := self._backward.receiver, FreeReceiver) else None
         self._control = None
@@ -53,8 +52,9 @@ class FreeNetwork(Network):
             group = dist.new_group(ranks, backend=self.backend)
             if grid.global_rank in ranks:
                 self._control = group
-        for receiver in self._receivers:
-            receiver.begin()
+        for receiver, back in ((self._below, self._backward.sender), (self._above, self._forward.sender)):
+            if receiver is not None and isinstance(back, FreeSender):
+                receiver.begin(back.close)
 
     def _make_ring(self, stage: int, replay: Replay, memory: torch.device) -> ReplayRing:
         if stage > self.bottom:
@@ -127,9 +127,7 @@ class FreeNetwork(Network):
             raise failure
 
     def _failure(self) -> LinkError | None:
-        # Of a neighbour that has left properly it does not matter how its connections ended.
-        failures = (receiver.failure for receiver in self._receivers if not receiver.left)
-        return next((failure for failure in failures if failure is not None), None)
+        return next((receiver.failure for receiver in self._receivers if receiver.failure is not None), None)
 
     def arrive(self) -> Callable[[], bool]:
         """This rank is done. Gives a question: whether all ranks of the pipe are. A call of all of them."""
@@ -189,19 +187,13 @@ class FreeNetwork(Network):
 
     def _saying(self, say: Callable[[], None]) -> None:
         """Say something to the rank above; that it has left is no error."""
-        if self._above_left():
-            self._unsent += 1
-            return
         try:
             say()
         except LinkError:
-            end = time.monotonic() + _FAREWELL
+            above = self._above
             with self.changed:
-                if not self.changed.wait_for(self._above_left, max(0.0, end - time.monotonic())):
+                if above is None or not self.changed.wait_for(lambda: above.left, _FAREWELL):
                     raise
-
-    def _above_left(self) -> bool:
-        return self._above is not None and self._above.left
 
     def pass_on_end(self, micro_batch: int, reason: str | None = None) -> None:
         sender = self._forward.sender
@@ -213,14 +205,14 @@ class FreeNetwork(Network):
         super().wait_until_taken(*(channels or [name for name in self.channels if name not in TRAINING]), timeout=timeout)
 
     def leave(self, timeout: float | None = None) -> None:
-        for name in TRAINING:
-            sender = self.channels[name].sender
-            if isinstance(sender, FreeSender) and not self.failed:
+        end = time.monotonic() + (self.timeout if timeout is None else timeout)
+        for channel in (self._forward, self._backward):
+            if isinstance(channel.sender, FreeSender):
                 with contextlib.suppress(LinkError):
-                    sender.send_left()
-        super().leave(timeout)
-        with contextlib.suppress(LinkError):
-            super().wait_until_taken(*TRAINING, timeout=timeout)
+                    channel.sender.close()
+        for receiver in self._receivers:
+            receiver.wait_for_farewell(max(0.0, end - time.monotonic()))
+        super().wait_until_taken(timeout=max(0.0, end - time.monotonic()))
 
     def pending(self) -> dict[str, dict[int, list[Message]]]:
         """Nothing is on its way any more: all of it lies in the rings."""
@@ -230,8 +222,7 @@ class FreeNetwork(Network):
     def report(self, k: int) -> dict[str, Any]:
         found = super().report(k)
         sender = self._forward.sender
-        unsent = self._unsent + (sender.dropped if isinstance(sender, FreeSender) else 0)
-        return {**found, "unsent": unsent}
+        return {**found, "unsent": sender.dropped if isinstance(sender, FreeSender) else 0}
 
 
 def _nothing(message: Message) -> None:

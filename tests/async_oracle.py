@@ -1,4 +1,4 @@
-"""What asynchronous greedy learning means: a slow, plain loop, from the paper's definition (arXiv 2106.06401, with replay buffers).
+"""What asynchronous greedy learning means: a slow, plain loop, from the definition (arXiv 2106.06401, replay buffers).
 
 A stage at its turn takes a micro-batch (a new one, or one from the buffer before it: fewest uses first, of these the newest),
 learns from its own loss, and puts its output, as the loss saw it, into the buffer above. Who has the next turn is drawn, or

@@ -37,7 +37,8 @@ def test_presets() -> None:
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), "free" if name == "dgl_async" else "ticks")
+        pace = "free" if name == "dgl_async" else "ticks"
+        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace)
 
 
 def test_defaults() -> None:

@@ -65,8 +65,8 @@ def test_a_slow_rank_stops_nobody(slow: int) -> None:
 
 
 def test_slow_down() -> None:
-    """The setting: a stage that is four times slower makes its rank so."""
-    results = worlds.run(2, free_cases.train, case_of(calls=30, block={"slow_down": [1, 1, 4, 4]}))
+    """The setting: stages that are twenty times slower make their rank so."""
+    results = worlds.run(2, free_cases.train, case_of(calls=20, block={"slow_down": [1, 1, 20, 20]}))
     assert results[1]["seconds"] > 2 * results[0]["seconds"]
 
 
