@@ -18,7 +18,8 @@ from ds_decoupled.schedules.turns import Clock
 CPU = torch.device("cpu")
 
 
-@given(size=st.integers(1, 5), cap=st.none() | st.integers(1, 3), oldest=st.booleans(), puts=st.lists(st.booleans(), max_size=60))
+@given(size=st.integers(1, 5), cap=st.none() | st.integers(1, 3), oldest=st.booleans(),
+       puts=st.lists(st.booleans(), max_size=60))
 def test_the_rule(size: int, cap: int | None, oldest: bool, puts: list[bool]) -> None:
     """Against a list that is looked through from its beginning; and after every step saved and loaded again."""
     order, slow = ReplayOrder(Replay(size, cap, oldest)), SlowBuffer(size, cap, oldest)
