@@ -89,6 +89,11 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             "rank": engine.global_rank, "replica": engine.mpu.get_data_parallel_rank()}
 
 
+def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """:meth:`train` of one after the other, in the same processes."""
+    return [train(case) for case in cases]
+
+
 def votes(case: dict[str, Any]) -> dict[str, Any]:
     """After some training: evaluation's logits, and what each stage gave for them."""
     engine = build(case)

@@ -38,8 +38,8 @@ def oracle_of(case: dict[str, Any], results: list[dict[str, Any]]) -> AsyncOracl
                        k=case.get("k", 1), stop_after=block.get("stop_after"))
 
 
-def check(case: dict[str, Any], world: int = 1) -> tuple[AsyncOracle, dict[str, Any]]:
-    results = worlds.run(world, engine_cases.train, case)
+def check(case: dict[str, Any], results: list[dict[str, Any]]) -> AsyncOracle:
+    """What the ranks of a world came to, against the definition."""
     oracle = oracle_of(case, results)
     oracle.train(batches_for(case["net"], case["batches"], 4))
     initial, state = (engine_cases.merged(results, key) for key in ("initial", "state"))
@@ -57,7 +57,7 @@ def check(case: dict[str, Any], world: int = 1) -> tuple[AsyncOracle, dict[str, 
     for uses, buffer in zip(told, oracle.buffers[1:]):
         counted = [*buffer.gone, *(entry[1] for entry in buffer.entries)]
         assert uses == {n: counted.count(n) for n in set(counted)}
-    return oracle, summary
+    return oracle
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -75,28 +75,32 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[dict[str, Any]]]:
+    """All cases, in one world of one rank."""
+    [results] = worlds.run(1, engine_cases.train_all, list(CASES.values()), timeout=300)
+    return {name: [result] for name, result in zip(CASES, results)}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_definition(name: str) -> None:
-    oracle, _ = check(CASES[name])
+def test_the_definition(name: str, trained: dict[str, list[dict[str, Any]]]) -> None:
+    oracle = check(CASES[name], trained[name])
     if name in ("drawn", "slowed", "cap"):
         assert len(set(oracle.turns)) > 1  # they did go at their own pace
+    if name == "cap":
+        assert sum(oracle.idle) > 0 and all(uses <= 1 for b in oracle.buffers for uses in b.gone)
 
 
-def test_a_cap_idles() -> None:
-    oracle, _ = check(CASES["cap"])
-    assert sum(oracle.idle) > 0 and all(uses <= 1 for b in oracle.buffers for uses in b.gone)
-
-
-@pytest.mark.parametrize("name", ["slowed", "durations, cap, no warm start"])
-def test_placement(name: str) -> None:
+def test_placement() -> None:
     """The same numbers on 1, 2 and 4 ranks, dropout and all."""
-    case = {**CASES[name], "net_args": {"dropout": 0.2}}
-    one = engine_cases.merged(worlds.run(1, engine_cases.train, case))
+    cases = [{**CASES[name], "net_args": {"dropout": 0.2}} for name in ("slowed", "durations, cap, no warm start")]
+    [one] = worlds.run(1, engine_cases.train_all, cases)
     for ranks in (2, 4):
-        results = worlds.run(ranks, engine_cases.train, case)
-        state = engine_cases.merged(results)
-        assert all(torch.equal(one[name], state[name]) for name in one)
-        assert results[0]["summary"]["messages_sent"] > 0
+        found = worlds.run(ranks, engine_cases.train_all, cases)
+        for alone, results in zip(one, zip(*found)):
+            state = engine_cases.merged(list(results))
+            assert all(torch.equal(alone["state"][name], state[name]) for name in state) and len(state) == len(alone["state"])
+            assert results[0]["summary"]["messages_sent"] > 0
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 4)])

@@ -117,8 +117,8 @@ def test_a_process_that_stands_still(tmp_path: Path) -> None:
 
 
 def test_bounded() -> None:
-    results = worlds.run(2, free_cases.long, case_of({"size": 2}, calls=1500, slower=5, block={"queue": 4}))
-    check_counts(results, 300)
+    results = worlds.run(2, free_cases.long, case_of({"size": 2}, calls=600, slower=5, block={"queue": 4}))
+    check_counts(results, 120)
     for result in results:
         assert result["most"]["sent"] <= 4 + 2 and result["most"]["arrived"] <= 1 and result["ring"] <= 2
 
