@@ -7,6 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# TorchInductor would start processes in every process that compiles, each of which imports torch first: to compile side by
+# side, and to see whether the CPU's vector instructions can be used.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Another ninja than the environment's own, which the launcher's processes find, would compile the extension again.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # DeepSpeed's compiled extension, for this environment alone; a lock here was left by a killed run.

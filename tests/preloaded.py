@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # joblib would leave a named semaphore for every rank that is killed
 
 import deepspeed.ops  # noqa: E402
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402,F401  (bf16 and ZeRO import it, and with it torch's compiler)
 import engine_cases  # noqa: E402,F401
 import matplotlib.pyplot  # noqa: E402,F401
 import peft  # noqa: E402,F401

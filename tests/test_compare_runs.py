@@ -38,6 +38,8 @@ def test_labels() -> None:
     runs = [run("backprop", 0.9), run("dgl", 0.7, 3, head="cnn"), run("dgl", 0.7, 6, head="mlp"), run("overlapping", 0.8, 6)]
     assert [compare_runs.label(r, runs) for r in runs] == ["backprop", "dgl, 3 stages, head cnn", "dgl, 6 stages, head mlp",
                                                            "overlapping"]
+    runs = [run("petra", 0.7), run("petra", 0.7, codec="int8"), run("petra", 0.7, codec={"forward": "bf16"})]
+    assert [compare_runs.label(r, runs) for r in runs] == ["petra", "petra, codec int8", "petra, codec {'forward': 'bf16'}"]
 
 
 def test_against_stages() -> None:

@@ -72,15 +72,18 @@ ONLY_ACROSS_RANKS = {"petra-split"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One world of the benchmark: a method on P ranks with k micro-batches an update."""
+    """One world of the benchmark: a method on P ranks with k micro-batches an update, and the codec of its links."""
 
     method: str
     ranks: int
     k: int
+    codec: str = "none"
 
     @property
     def label(self) -> str:
-        return ONE_RANK_LABELS.get(self.method, METHODS[self.method].label) if self.ranks == 1 else METHODS[self.method].label
+        name = METHODS[self.method].label
+        name = ONE_RANK_LABELS.get(self.method, name) if self.ranks == 1 else name
+        return name if self.codec == "none" else f"{name}, {self.codec}"
 
     def __str__(self) -> str:
         return f"{self.label}, P={self.ranks}, k={self.k}"

@@ -15,6 +15,7 @@ started it, and whose result is the last thing that it says::
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing as mp
 import os
@@ -237,6 +238,9 @@ def _rank(pipe: Connection, place: dict[str, str], log: str, threads: int | None
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(place)
+    # No garbage is looked for in what was inherited: the search would copy all of the server's memory, and DeepSpeed asks for
+    # it four times for each of its bf16 optimizers (see_memory_usage).
+    gc.freeze()
     if pinned and hasattr(os, "sched_setaffinity"):
         cores, rank = sorted(os.sched_getaffinity(0)), int(place["RANK"])
         if int(place["WORLD_SIZE"]) <= len(cores):
