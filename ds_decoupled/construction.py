@@ -88,8 +88,10 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
                               farthest=block.losses == "farthest", family=axes.gradient)
         self.network = Network(grid, self.placement, rank, self.device,
-                               partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward), block.timeout,
-                               self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base)
+                               partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward,
+                                       vq=block.vq.model_dump()), block.timeout, self._queue(),
+                               track=block.track_gradients > 0, seed=lambda: self.seeds.base,
+                               every_link=block.codec.every_link)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,

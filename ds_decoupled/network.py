@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,16 @@ import torch.distributed as dist
 
 from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.leaving import wait_at_exit
-from ds_decoupled.links import Codecs, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
+from ds_decoupled.links import (
+    Codecs,
+    CodedLink,
+    LocalLink,
+    Message,
+    Packed,
+    RemoteReceiver,
+    RemoteSender,
+    buffer_device,
+)
 from ds_decoupled.schedules import Action, Placement, Slot
 
 #: One process group a channel, so that no message waits behind one that goes the other way; evaluation has its own, so
@@ -22,6 +32,9 @@ _CHANNELS = ("forward", "backward", "evaluation", "exact forward", "exact backwa
 
 #: Messages on their way into a stage, in a checkpoint, and the direction that they come from.
 _KINDS = {"activations": "forward", "gradients": "backward"}
+
+#: In the seed of what codecs draw by chance.
+_DIRECTIONS = {"forward": 0, "backward": 1}
 
 #: Batches that a rank may be ahead of the next one in a pass outside of training.
 _AHEAD = 8
@@ -56,10 +69,11 @@ def _open(group: Any, before: int | None, after: int | None, sends_first: bool, 
 class Channel:
     """One direction of messages along the pipe: from the neighbour before, to the neighbour after (either may be missing)."""
 
-    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codecs: Codecs,
+    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codecs: Callable[[], Codecs],
                  timeout: float, queue: int | None = None, seed: Callable[[], tuple[int, ...]] = tuple) -> None:
-        self.receiver = None if before is None else RemoteReceiver(before, group, device, codecs, timeout)
-        self.sender = None if after is None else RemoteSender(after, group, device, codecs, timeout, queue, seed)
+        # Of two links: each side's codecs know what has passed through theirs.
+        self.receiver = None if before is None else RemoteReceiver(before, group, device, codecs(), timeout)
+        self.sender = None if after is None else RemoteSender(after, group, device, codecs(), timeout, queue, seed)
 
 
 class Network:
@@ -70,11 +84,12 @@ class Network:
         placement: stages and their ranks.
         rank: this process's place on the pipe axis.
         device: where tensors live.
-        codecs: how a channel's values are written between ranks.
+        codecs: how a channel's values are written: new ones at each call, for one side of one link.
         timeout: seconds that a receive may take.
         track: whether the gradient tracker's channels are needed.
         queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
         seed: of what codecs draw by chance.
+        every_link: whether codecs act on links within the rank too.
 
     Attributes:
         channels: by name, see ``_CHANNELS``.
@@ -83,13 +98,15 @@ class Network:
 
     def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device,
                  codecs: Callable[[str], Codecs], timeout: float, queue: int, track: bool = False,
-                 seed: Callable[[], int] = int) -> None:
-        self.placement, self.rank, self.timeout = placement, rank, timeout
+                 seed: Callable[[], int] = int, every_link: bool = False) -> None:
+        self.placement, self.rank, self.timeout, self.device = placement, rank, timeout, device
+        self._seed, self._replica = seed, grid.get_data_parallel_rank()
         stages = placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
         # Link s joins stages s and s+1. At the ends of the rank a queue holds what waits to be sent, or has come and waits.
-        self._links = {(direction, link): LocalLink() for direction in ("forward", "backward")
-                       for link in range(self.bottom - 1, self.top + 1)}
+        self._links = {(direction, link): CodedLink(codecs(direction), self._key(direction, link))
+                       if every_link and self.bottom <= link < self.top else LocalLink()
+                       for direction in _DIRECTIONS for link in range(self.bottom - 1, self.top + 1)}
         self._batches = LocalLink()
         below = grid.stage_to_global(rank - 1) if rank > 0 else None
         above = grid.stage_to_global(rank + 1) if rank < placement.ranks - 1 else None
@@ -97,17 +114,25 @@ class Network:
         if placement.ranks > 1:
             for name, group in _make_groups(grid, track).items():
                 ends = (above, below) if "backward" in name else (below, above)
-                # Replicas and links draw apart.
-                self.channels[name] = Channel(group, *ends, device, codecs(name), timeout,
-                                              queue if name in ("forward", "backward") else _AHEAD,
-                                              lambda: (seed(), grid.global_rank))
+                direction = "backward" if "backward" in name else "forward"
+                self.channels[name] = Channel(group, *ends, device, partial(codecs, name), timeout,
+                                              queue if name in _DIRECTIONS else _AHEAD,
+                                              self._key(direction, self._border(direction)))
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
-            self.channels = {name: Channel(None, None, None, device, (), timeout) for name in _CHANNELS}
+            self.channels = {name: Channel(None, None, None, device, Codecs, timeout) for name in _CHANNELS}
         self._forward, self._backward = self.channels["forward"], self.channels["backward"]
         self.failed = False
         self.start_run(0)
         wait_at_exit(self)
+
+    def _border(self, direction: str) -> int:
+        """The link to the rank that this one sends to."""
+        return self.top if direction == "forward" else self.bottom - 1
+
+    def _key(self, direction: str, link: int) -> Callable[[], tuple[int, ...]]:
+        """What the codecs of a link draw from: replicas and links draw apart, wherever the stages are."""
+        return lambda: (self._seed(), self._replica, _DIRECTIONS[direction], link)
 
     def queues(self, stage: int) -> dict[Slot, LocalLink]:
         """The queues of a stage here. No message leaves the model at its ends."""
@@ -176,7 +201,7 @@ class Network:
         source = stage - 1 if slot.travels == "forward" else stage + 1
         message = receiver.recv(m, self.waiting(stage, source, f"the {action.kind.carries}", m))
         if message is not None:
-            self._links[slot.travels, slot.link(stage)].send(message)
+            self._links[slot.travels, slot.link(stage)].queue.append(message)
         return None if receiver.end is None else (receiver.end, data_failed(receiver))
 
     def wait_until_taken(self, *channels: str, timeout: float | None = None) -> None:
@@ -222,7 +247,7 @@ class Network:
         return {"bytes": sum(sender.bytes_sent for sender in senders),
                 "messages": sum(sender.messages_sent for sender in senders), "held": self.held()}
 
-    def queued(self) -> Iterator[Message]:
+    def queued(self) -> Iterator[Message | Packed]:
         """Messages that wait between stages here, or to be sent."""
         for link in self._links.values():
             yield from link.queue
@@ -243,13 +268,15 @@ class Network:
         for receiver, what in ((self._forward.receiver, "activations"), (self._backward.receiver, "gradients")):
             if receiver is not None:
                 receiver.collect(f"pipe rank {self.rank}, saving a checkpoint: {what} on their way")
-        found = {kind: {s: list(self._into(direction, s).queue) for s in range(self.bottom, self.top + 1)}
-                 for kind, direction in _KINDS.items()}
+        found: dict[str, dict[int, list[Message | Packed]]] = {
+            kind: {s: list(self._into(direction, s).queue) for s in range(self.bottom, self.top + 1)}
+            for kind, direction in _KINDS.items()}
         if self._forward.receiver is not None:
             found["activations"][self.bottom] += self._forward.receiver.arrived
         if self._backward.receiver is not None:
             found["gradients"][self.top] += self._backward.receiver.arrived
-        return found
+        return {kind: {s: [message.opened() for message in messages] for s, messages in by_stage.items()}
+                for kind, by_stage in found.items()}
 
     def _into(self, direction: str, stage: int) -> LocalLink:
         return self._links[direction, stage - 1 if direction == "forward" else stage]
@@ -274,6 +301,32 @@ class Network:
             for stage, messages in pending[kind].items():
                 into = self._into(direction, stage).queue
                 (receiver.arrived if receiver is not None and stage == from_outside else into).extend(messages)
+
+
+    def codecs(self, stage: int) -> dict[str, Any]:
+        """What the codecs that send a stage's activations and gradients have learned, by direction, for a checkpoint."""
+        return {direction: codecs.state_dict() for direction, codecs in self._sending(stage)}
+
+    def restore_codecs(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        """The inverse of :meth:`codecs`, of all stages here. What comes from other ranks is learned anew from what they send.
+
+        Where a link was none before, on another placement, it starts as if nothing had been sent.
+        """
+        for channel in self.channels.values():
+            if channel.receiver is not None:
+                channel.receiver.codecs.load_state_dict({}, self.device)
+        for stage, state in states.items():
+            for direction, codecs in self._sending(stage):
+                codecs.load_state_dict(state.get(direction, {}), self.device)
+
+    def _sending(self, stage: int) -> Iterator[tuple[str, Codecs]]:
+        for direction in _DIRECTIONS:
+            link = stage if direction == "forward" else stage - 1
+            queue, sender = self._links[direction, link], self.channels[direction].sender
+            if isinstance(queue, CodedLink):
+                yield direction, queue.codecs
+            elif sender is not None and link == self._border(direction):
+                yield direction, sender.codecs
 
 
 def data_failed(receiver: RemoteReceiver) -> PeerError | None:
