@@ -161,7 +161,7 @@ class VectorCodec(Codec):
             self._quantizer = VectorQuantizer(layout.groups, self.group, self.codebook, self.levels, self.decay, self.revive,
                                               tensor.device)
         quantizer = self._quantizer
-        finite = torch.isfinite(vectors.amax((1, 2)) - vectors.amin((1, 2)))
+        finite = vectors.amax((1, 2)).isfinite() & vectors.amin((1, 2)).isfinite()
         if bool(finite.all()):
             quantizer.learn(vectors, generator_of(key))
         if not quantizer.started:
