@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_decoupled.errors import ConfigError, LinkError
-from ds_decoupled.links import Codecs, LocalLink, Message, Packed, codecs_of, pack
-from ds_decoupled.links.local import CodedLink
+from ds_decoupled.links import Codecs, LocalLink, Message, Packed, Writer, codecs_of, pack
 from ds_decoupled.links.message import HEADER_BYTES
 from ds_decoupled.links.packing import unpack
 from ds_decoupled.links.vector import VectorCodec
@@ -232,7 +231,7 @@ def test_draws_follow_from_the_key() -> None:
 def test_a_coded_link_is_the_wire() -> None:
     """Between stages of one rank, the numbers that another rank would have read."""
     codec = VectorCodec(**SMALL)
-    wire, link, plain = Wire(codec), CodedLink(Codecs(codec), lambda: (1, 0, 0, 0)), LocalLink()
+    wire, link, plain = Wire(codec), LocalLink(Writer(Codecs(codec), lambda: (1, 0, 0, 0))), LocalLink()
     for i, x in enumerate(stream(4)):
         for queue in (link, plain):
             queue.send(Message(i, (x, torch.arange(6))))

@@ -50,20 +50,29 @@ def test_every_link_makes_ranks_alike() -> None:
     codecs: list[dict[str, Any]] = [{"codec": {"forward": "int8", "backward": "int8"}}, VQ]
     cases = [{"method": method, "batches": 12, **NET, "block": {**block, "codec": {**block["codec"], "every_link": True}}}
              for method in ("dgl", "petra") for block in codecs]
-    between = {**cases[-1], "block": VQ}
+    ring = {"pace": "clock", "replay": {"size": 3, "memory": "host"}, "input_shape": [2, 8, 8]}
+    cases += [{**case, "method": "dgl_async", "block": {**case["block"], **ring}} for case in cases[:2]]
+    between = {**cases[3], "block": VQ}
     one, two = (worlds.run(ranks, train_all, [*cases, between]) for ranks in (1, 2))
     for i, case in enumerate(cases):
         a, b = (engine_cases.merged([results[i] for results in run]) for run in (one, two))
         assert all(torch.equal(a[name], b[name]) for name in a), case
-    a, b, c = one[0][-1]["state"], one[0][-2]["state"], engine_cases.merged([results[-1] for results in two])
+    a, b, c = one[0][-1]["state"], one[0][3]["state"], engine_cases.merged([results[-1] for results in two])
     assert all(any(not torch.equal(x[name], y[name]) for name in x) for x, y in ((a, b), (a, c)))
+    # Rings keep codes and not numbers: three pictures' streams of 2 x 4 x 8 x 8 x 8 float32 in each.
+    for results in (one, two):
+        for case in (4, 5):
+            [*rings] = results[0][case]["summary"]["replay"]
+            assert all(0 < ring["bytes"] < 0.5 * 3 * 2 * 4 * 8 * 8 * 8 * 4 for ring in rings), rings
 
 
-@pytest.mark.parametrize(("method", "every_link", "other"), [("dgl", False, 2), ("petra", True, 1)])
+@pytest.mark.parametrize(("method", "every_link", "other"), [("dgl", False, 2), ("petra", True, 1), ("dgl_async", True, 1)])
 def test_resumed_in_mid_flight(method: str, every_link: bool, other: int, tmp_path: Path) -> None:
     """Bit for bit: the checkpoint has what the senders have learned and what they last sent; with every link on another number
     of ranks too."""
     block = {**VQ, "codec": {**VQ["codec"], "every_link": every_link}, **BETWEEN}
+    if method == "dgl_async":
+        block |= {"pace": "clock", "replay": {"size": 3}, "input_shape": [2, 8, 8]}
     case = {"method": method, "k": 2, "batches": 24, "stop": 4, "block": block, **NET}
     whole = worlds.run(2, engine_cases.train, case)
     worlds.run(2, engine_cases.train_and_stop, case, str(tmp_path))

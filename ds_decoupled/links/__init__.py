@@ -1,12 +1,14 @@
 """How a message travels, and its codecs."""
 
 from ds_decoupled.links.codec import Codec
-from ds_decoupled.links.local import CodedLink, LocalLink
+from ds_decoupled.links.local import LocalLink
 from ds_decoupled.links.message import Message
 from ds_decoupled.links.packed import Packed, pack
 from ds_decoupled.links.places import Codecs
 from ds_decoupled.links.remote import RemoteReceiver, RemoteSender, buffer_device
+from ds_decoupled.links.ring import ReplayRing
 from ds_decoupled.links.table import CODECS, codecs_of
+from ds_decoupled.links.writer import Writer
 
-__all__ = ["CODECS", "Codec", "CodedLink", "Codecs", "LocalLink", "Message", "Packed", "RemoteReceiver", "RemoteSender",
-           "buffer_device", "codecs_of", "pack"]
+__all__ = ["CODECS", "Codec", "Codecs", "LocalLink", "Message", "Packed", "RemoteReceiver", "RemoteSender", "ReplayRing",
+           "Writer", "buffer_device", "codecs_of", "pack"]

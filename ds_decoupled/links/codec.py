@@ -44,6 +44,10 @@ def generator_of(key: Sequence[int], device: torch.device | str = "cpu") -> torc
 class Reader(Protocol):
     """What turns a tensor's bytes into the tensor, as often as it is asked; nothing that comes later changes it."""
 
+    @property
+    def held(self) -> int:
+        """Bytes of what it needs beside the tensor's own."""
+
     def read(self, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor in ``buffer`` (uint8), on ``device``; a view where nothing has to be converted."""
 
@@ -68,9 +72,11 @@ class Codec:
 
     Attributes:
         name: the setting's value.
+        held: see :attr:`Reader.held`.
     """
 
     name = "none"
+    held = 0
 
     def by_chance(self: Self) -> Self:
         """The codec that rounds up or down by chance, so that the mean is kept; itself where it only ever rounds to the

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from typing import TypeVar
 
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links.message import Message
-from ds_decoupled.links.packed import Packed, pack
-from ds_decoupled.links.places import Codecs
+from ds_decoupled.links.packed import Packed
+from ds_decoupled.links.writer import Writer
+
+M = TypeVar("M", Message, Packed, Message | Packed)
 
 
 class LocalLink:
-    """First in, first out; a micro-batch other than the one that is due is an error at once."""
+    """First in, first out; a micro-batch other than the one that is due is an error at once.
 
-    def __init__(self) -> None:
+    Args:
+        writer: where messages are written and read as if they travelled; None where they are handed over as they are.
+    """
+
+    def __init__(self, writer: Writer | None = None) -> None:
+        self.writer = writer
         self.queue: deque[Message | Packed] = deque()
 
-    def send(self, message: Message) -> None:
-        self.queue.append(message)
+    def send(self, message: Message | Packed) -> None:
+        self.queue.append(self.written(message))
 
     def recv(self, micro_batch: int, what: str) -> Message:
         """The message of ``micro_batch``; ``what`` says in an error who waited for what."""
@@ -26,24 +33,12 @@ class LocalLink:
             raise LinkError(f"{what}: nothing was sent")
         return check(self.queue.popleft(), micro_batch, what).opened()
 
-
-class CodedLink(LocalLink):
-    """A queue whose messages are written and read as if they travelled.
-
-    Args:
-        codecs: how their values are written.
-        seed: of what codecs draw by chance, asked at every message.
-    """
-
-    def __init__(self, codecs: Codecs, seed: Callable[[], tuple[int, ...]]) -> None:
-        super().__init__()
-        self.codecs, self.seed = codecs, seed
-
-    def send(self, message: Message) -> None:
-        self.queue.append(pack(message, self.codecs, self.seed()))
+    def written(self, message: Message | Packed) -> Message | Packed:
+        """What is kept of ``message``: what came from another rank is written already."""
+        return message if self.writer is None or isinstance(message, Packed) else self.writer(message)
 
 
-def check(message: Message | Packed, micro_batch: int, what: str) -> Message | Packed:
+def check(message: M, micro_batch: int, what: str) -> M:
     """``message``, if it is the one that is due."""
     if message.micro_batch != micro_batch:
         raise LinkError(f"{what}: micro-batch {message.micro_batch} came instead of {micro_batch}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Packed:
         layout = wire.layout_of(buffer)
         return cls(buffer, layout, wire.readers(buffer, layout, codecs, device), device)
 
+    def placed(self, memory: torch.device, device: torch.device) -> Packed:
+        """The same with its buffer in ``memory``, to be opened on ``device``."""
+        return Packed(self.buffer.to(memory), self.layout, self.readers, device)
+
     @property
     def micro_batch(self) -> int:
         """Its number over the whole run."""
@@ -57,6 +61,13 @@ class Packed:
     def unwrapped(self) -> Message:
         """The message, for the last time: its tensors may be views of the buffer."""
         return wire.read(self.buffer, self.layout, self.readers, self.device)
+
+
+def bytes_of(messages: Iterable[Message | Packed]) -> int:
+    """Bytes of messages, and of the codebooks that read them: these once each."""
+    kept = list(messages)
+    readers = {id(reader): reader for message in kept if isinstance(message, Packed) for reader in message.readers}
+    return sum(message.nbytes for message in kept) + sum(reader.held for reader in readers.values())
 
 
 def pack(message: Message, codecs: Codecs, seed: tuple[int, ...] = (), device: torch.device | None = None) -> Packed:

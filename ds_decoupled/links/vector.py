@@ -92,6 +92,11 @@ class Codebooks:
     version: int
     vectors: Tensor
 
+    @property
+    def held(self) -> int:
+        """Bytes of the vectors."""
+        return self.vectors.nbytes
+
     def read(self, buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """See :meth:`ds_decoupled.links.codec.Reader.read`."""
         levels, groups, codebook, group = self.vectors.shape
