@@ -6,7 +6,8 @@ behind all that was sent before it, and a *farewell* behind which nothing comes.
 
 Between two ranks there is a link each way. Each side says farewell once, when it leaves or in answer to the other's, and takes
 in until it hears the other's: so no receive is left unanswered, and no message untaken. A thread that Python ends while it
-waits in the backend would take the process down with it (https://docs.python.org/3.11/c-api/init.html#c.PyEval_RestoreThread).
+waits in the backend would take the process down with it
+(https://docs.python.org/3.11/c-api/init.html#c.PyEval_RestoreThread).
 """
 
 from __future__ import annotations
