@@ -229,8 +229,10 @@ class DecoupledConfig(BaseModel):
     update: Update | None = None
     input: Input | None = None
     pace: Pace | None = None
-    replay: Annotated[ReplaySettings, Words('an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
-    clock: Annotated[ClockSettings, Words('an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
+    replay: Annotated[ReplaySettings, Words(
+        'an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
+    clock: Annotated[ClockSettings, Words(
+        'an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
     slow_down: Annotated[list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None, Words(
         "a factor for each stage, none below 1 and all finite", "1 is for a stage that is as fast as it is.")] = None
     window: Annotated[int | None, Field(ge=1, le=MOST_STAGES), Words(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_decoupled.links.packing import bits_of, pack, packed_bytes, unpack
 from ds_decoupled.nn import quantize
-from ds_decoupled.nn.quantize import VectorQuantizer, decode, encode, from_vectors, nearest, to_vectors
+from ds_decoupled.nn.quantize import VectorQuantizer, decode, encode, from_vectors, to_vectors
 
 SHAPES = [(4, 6, 5, 7), (3, 12, 1, 1), (9, 6), (2, 5, 12), (1, 6, 3, 3)]
 
@@ -52,7 +52,7 @@ def test_nearest(codes: int, count: int, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(quantize, "BLOCK_AT_LEAST", 17)
     vectors = torch.randn(2, count, 3, generator=seeded(1)) + 5  # far from the origin, where products lose digits
     codebook = torch.randn(2, codes, 3, generator=seeded(2)) + 5
-    found = nearest(vectors, codebook)
+    found = encode(vectors, codebook[None])[0]
     for g in range(2):
         distances = (vectors[g].double()[:, None] - codebook[g].double()).square().sum(-1)
         chosen = distances.gather(1, found[g][:, None])[:, 0]
@@ -65,7 +65,7 @@ def test_memory_is_bounded() -> None:
     """Never a score for every vector and code."""
     vectors, codebook = torch.randn(2, 20_000, 2), torch.randn(2, 64, 2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-        nearest(vectors, codebook)
+        encode(vectors, codebook[None])
     largest = max(event.cpu_memory_usage for event in seen.events() or ())
     assert 0 < largest <= 8 * 2 * 20_000 < 4 * 2 * 20_000 * 64  # the result's int64 numbers
 

@@ -63,22 +63,21 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The nearest code of every vector.
 
     Args:
-        vectors: (G, n, D).
-        codebook: (G, K, D).
+        vectors: (n, D).
+        codebook: (K, D).
 
     Returns:
-        Indices (G, n) int64. Where two codes are as near, either.
+        Indices (n,) int64. Where two codes are as near, either.
     """
-    found = torch.empty(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
-    codes, count = codebook.shape[1], vectors.shape[1]
-    columns = max(BLOCK_AT_LEAST, BLOCK // codes)
+    codes, count = codebook.shape[0], vectors.shape[0]
+    found = torch.empty(count, dtype=torch.int64, device=vectors.device)
+    columns = min(count, max(BLOCK_AT_LEAST, BLOCK // codes))
     bias = codebook.square().sum(-1, keepdim=True).mul_(-0.5)
     scores = vectors.new_empty(codes, columns)
-    for g in range(vectors.shape[0]):
-        for start in range(0, count, columns):
-            part = vectors[g, start:start + columns].mT
-            of_part = scores if part.shape[1] == columns else vectors.new_empty(codes, part.shape[1])
-            found[g, start:start + columns] = largest(torch.addmm(bias[g], codebook[g], part, out=of_part))
+    for start in range(0, count, columns):
+        part = vectors[start:start + columns].mT
+        of_part = scores if part.shape[1] == columns else vectors.new_empty(codes, part.shape[1])
+        found[start:start + columns] = largest(torch.addmm(bias, codebook, part, out=of_part))
     return found
 
 
@@ -94,30 +93,24 @@ def largest(scores: Tensor) -> Tensor:
 
 def encode(vectors: Tensor, codebooks: Tensor) -> Tensor:
     """Indices (L, G, n) int64 of ``vectors`` (G, n, D) by the codebooks (L, G, K, D) of L residual levels."""
-    indices = []
-    for level, codebook in enumerate(codebooks):
-        indices.append(nearest(vectors, codebook))
-        if level + 1 < len(codebooks):
-            vectors = vectors - codes_of(indices[-1], codebook)
-    return torch.stack(indices)
+    indices = torch.empty(codebooks.shape[0], *vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+    # Group by group: what is left over is small then, and is not asked of the system anew each time.
+    for g, left in enumerate(vectors):
+        for level, codebook in enumerate(codebooks[:, g]):
+            indices[level, g] = nearest(left, codebook)
+            if level + 1 < len(codebooks):
+                left = left - codebook.index_select(0, indices[level, g])
+    return indices
 
 
 def decode(indices: Tensor, codebooks: Tensor) -> Tensor:
-    """The vectors (G, n, D) that ``indices`` (L, G, n) stand for: the sum over levels, in their order."""
-    vectors = codes_of(indices[0], codebooks[0])
-    for index, codebook in zip(indices[1:], codebooks[1:]):
-        vectors += codes_of(index, codebook)
+    """The vectors (G, n, D) that ``indices`` (L, G, n), of any whole type, stand for: the sum over levels, in their order."""
+    vectors = codebooks.new_empty(*indices.shape[1:], codebooks.shape[-1])
+    for g, made in enumerate(vectors):
+        for level, codebook in enumerate(codebooks[:, g]):
+            codes = codebook.index_select(0, indices[level, g].long())
+            made.add_(codes) if level else made.copy_(codes)
     return vectors
-
-
-def codes_of(index: Tensor, codebook: Tensor) -> Tensor:
-    """The codes (G, n, D) of ``index`` (G, n) in one level's ``codebook`` (G, K, D)."""
-    return codebook.flatten(0, 1).index_select(0, _flat(index, codebook.shape[1])).view(*index.shape, -1)
-
-
-def _flat(index: Tensor, codes: int) -> Tensor:
-    """Indices (G n,) into the codes of all groups, one group's after the other's."""
-    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * codes).view(-1)
 
 
 class VectorQuantizer:
@@ -160,12 +153,11 @@ class VectorQuantizer:
         if not self.started:
             self._start(vectors, generator)
         left = self._some(vectors, generator)
-        for level, codebook in enumerate(self.codebooks):
-            index = nearest(left, codebook)
-            # By the codebook that the batch found, which is replaced below.
-            rest = left - codes_of(index, codebook)
+        # By the codebooks that the batch found, which are replaced below.
+        indices, before = encode(left, self.codebooks), self.codebooks.clone()
+        for level, index in enumerate(indices):
             self._update(level, left, index, generator)
-            left = rest
+            left = left - decode(index[None], before[level:level + 1])
 
     def _start(self, vectors: Tensor, generator: torch.Generator) -> None:
         """Every code is a vector of the batch, and counts as that one vector."""
@@ -192,7 +184,8 @@ class VectorQuantizer:
         """One level's averages and codes, after ``vectors`` went to ``index``."""
         counts, sums, codebook = self.counts[level], self.sums[level], self.codebooks[level]
         groups, codes, _ = codebook.shape
-        flat = _flat(index, codes)
+        # Indices into the codes of all groups, one group's after the other's.
+        flat = (index + torch.arange(groups, device=index.device)[:, None] * codes).view(-1)
         # index_put_ adds up in the same order every time, on every device.
         added = torch.zeros_like(sums).flatten(0, 1).index_put_((flat,), vectors.flatten(0, 1), accumulate=True)
         taken = torch.bincount(flat, minlength=groups * codes).to(counts.dtype)
