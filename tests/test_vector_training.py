@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_cases
+import free_cases
 import pytest
 import torch
 import worlds
@@ -81,6 +82,17 @@ def test_resumed_in_mid_flight(method: str, every_link: bool, other: int, tmp_pa
     resumed = worlds.run(other, engine_cases.resume, case, str(tmp_path))
     a, b = engine_cases.merged(whole), engine_cases.merged(resumed)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ranks_that_run_free() -> None:
+    """What comes is read in its order by a thread, and kept as it came."""
+    block = {**VQ, "codec": {"forward": "vq"}, "input_shape": [2, 8, 8], "replay": {"size": 4}}
+    case = {"method": "dgl_async", "calls": 20, "timeout": 60, "block": block, **NET}
+    results = worlds.run(2, free_cases.train, case)
+    assert all(value.isfinite().all() for value in engine_cases.merged(results).values())
+    sizes = [ring["bytes"] for ring in results[0]["summary"]["replay"]]
+    border = results[1]["summary"]["rank_stages"][1][0] - 1  # the first ring is the second stage's
+    assert sizes[border] < 0.6 * max(sizes), sizes
 
 
 def test_token_streams() -> None:
