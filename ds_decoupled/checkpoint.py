@@ -5,7 +5,7 @@
     SAVE_DIR/latest                                     the newest tag
     SAVE_DIR/TAG/layer_00-model_states.pt               one file a layer, DeepSpeed's own format
     SAVE_DIR/TAG/loss_fn-model_states.pt                the loss's parameters and buffers, where it has any
-    SAVE_DIR/TAG/decoupled_stage_00-data_00.pt          one file a stage and replica: optimizer, records, messages on their way
+    SAVE_DIR/TAG/decoupled_stage_00-data_00.pt          one file a stage and replica: optimizer, records, messages, codebooks
     SAVE_DIR/TAG/decoupled_engine.pt                    counters and the client's state
 
 Nothing in it depends on the number of pipe ranks.
@@ -75,6 +75,7 @@ def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag
         messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
         ring = parts.network.rings.get(index)
         torch.save({**_owned(worker.state_dict()), "pending": _owned(messages),
+                    "codecs": parts.network.coding.state_dict(index),
                     "ring": None if ring is None else _owned(ring.state_dict())}, _stage_file(folder, index, replica))
     if engine.global_rank == 0:
         torch.save({"client_state": client_state, "stages": parts.placement.stages, "replicas": engine.dp_world_size,
@@ -118,13 +119,14 @@ def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag
     parts.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
     rings: dict[int, Any] = {}
+    codecs: dict[int, Any] = {}
     replica = engine.mpu.get_data_parallel_rank()
     for index, worker in parts.workers.items():
         saved = torch.load(_stage_file(folder, index, replica), map_location="cpu", weights_only=False)
         # Records are made again by a forward pass, in the mode that it ran in.
         engine.module.train()
         worker.load_state_dict(saved, load_optimizer, load_lr_scheduler)
-        rings[index] = saved["ring"]
+        rings[index], codecs[index] = saved["ring"], saved["codecs"]
         for kind, messages in saved["pending"].items():
             pending[kind][index] = [Message(m, on_device(message, engine.device)) for m, message in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
@@ -133,6 +135,7 @@ def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag
     for index, ring in parts.network.rings.items():
         ring.load_state_dict(rings[index])
     parts.network.restore(pending, runner.first, runner.sent_up())
+    parts.network.coding.load_state_dict(codecs, engine.device)
     for watcher in parts.watchers:
         watcher.resumed(runner.next_micro_batch)
     return folder, state["client_state"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -33,11 +33,12 @@ from ds_decoupled.schedules.turns import Clock
 from ds_decoupled.settings import check_choice, read_json
 from ds_decoupled.settings.belongs import check_belongs
 from ds_decoupled.settings.blocks import STRICT, Words, read_model
+from ds_decoupled.settings.codecs import CODEC_NAMES, CodecName, CodecSettings, VectorSettings, both_ways, vectors
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.table import BLOCK
 
-__all__ = ["AXES", "BLOCK", "FLUSH_HOPS", "PRESETS", "Axes", "CodecSettings", "CompileSettings", "DecoupledConfig", "block_of",
-           "check_bounds", "parse_block", "read_json"]
+__all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "Axes", "CodecName", "CodecSettings", "CompileSettings",
+           "DecoupledConfig", "VectorSettings", "block_of", "check_bounds", "parse_block", "read_json"]
 
 #: Bounds of what makes sense. A stage keeps up to ``(a+b)(J-1)+1`` micro-batches, and needs a layer of its own.
 MOST_HOPS = 1_000
@@ -46,9 +47,6 @@ MOST_QUEUE = 100_000
 MOST_NUMBERS = 2**31  # of one sample
 YEAR = 31_536_000  # seconds
 
-
-CodecName = Literal["none", "bf16", "fp8", "int8", "int4", "int4-rotated"]
-CODEC_NAMES: tuple[str, ...] = get_args(CodecName)
 
 
 def check_bounds(setting: str, value: list[int]) -> None:
@@ -97,16 +95,6 @@ def _on_or_block(value: Any) -> Any:
     return value
 
 
-def _both_ways(value: Any) -> Any:
-    """A codec's name is that of both directions."""
-    if isinstance(value, str):
-        check_choice(BLOCK, value, CODEC_NAMES)
-        return {"forward": value, "backward": value}
-    if not isinstance(value, Mapping | BaseModel):
-        raise ValueError('a name in quotes is needed, or an object such as {"forward": "int8", "backward": "bf16"}')
-    return value
-
-
 HOPS = Words(f"two whole numbers [a, b] with a >= 0 and b >= 1, at most {MOST_HOPS}: ticks from stage to stage, forward and "
              "backward; of J stages the first keeps (a+b)(J-1)+1 micro-batches, and its gradients are as old",
              "The paper's PETRA is [1, 1]; half the delay is [0, 1].")
@@ -147,20 +135,6 @@ class CompileSettings(BaseModel):
         if value != "default" and info.data.get("backend") != "inductor":
             raise ConfigError(BLOCK, value, "modes are inductor's, other backends have none", 'Leave "mode" out.')
         return value
-
-
-class CodecSettings(BaseModel):
-    """How floating-point payloads travel between ranks, see :mod:`ds_decoupled.links.table`.
-
-    Attributes:
-        forward: activations, and reconstructions on their way down.
-        backward: gradients.
-    """
-
-    model_config = STRICT
-
-    forward: CodecName = "none"
-    backward: CodecName = "none"
 
 
 class ReplaySettings(BaseModel):
@@ -231,6 +205,7 @@ class DecoupledConfig(BaseModel):
         stop_after: updates after which each stage stops learning (one per stage; null: never). It goes on forwarding in
             evaluation mode.
         codec: how floating-point payloads travel between ranks: a name, or an object of :class:`CodecSettings`' attributes.
+        vq: an object of :class:`VectorSettings`' attributes.
         split_backward: send a gradient down before the weights' own gradients are computed.
         compile: ``torch.compile`` the layers: true, or an object of :class:`CompileSettings`' attributes.
         lr_by_delay: updates over which the damping of late stages' learning rates fades (PipeMare's T1,
@@ -254,8 +229,10 @@ class DecoupledConfig(BaseModel):
     update: Update | None = None
     input: Input | None = None
     pace: Pace | None = None
-    replay: Annotated[ReplaySettings, Words('an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
-    clock: Annotated[ClockSettings, Words('an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
+    replay: Annotated[ReplaySettings, Words(
+        'an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
+    clock: Annotated[ClockSettings, Words(
+        'an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
     slow_down: Annotated[list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None, Words(
         "a factor for each stage, none below 1 and all finite", "1 is for a stage that is as fast as it is.")] = None
     window: Annotated[int | None, Field(ge=1, le=MOST_STAGES), Words(
@@ -273,7 +250,8 @@ class DecoupledConfig(BaseModel):
     stage_schedulers: Annotated[list[dict[str, Any] | None], AfterValidator(_schedulers)] | None = None
     stop_after: Annotated[list[Annotated[int, Field(ge=0)] | None] | None, Words(
         "a number of updates for each stage, 0 for a frozen one", "null is for a stage that never stops.")] = None
-    codec: Annotated[CodecSettings, BeforeValidator(_both_ways), Words(hint="Leave it out for none.")] = CodecSettings()
+    codec: Annotated[CodecSettings, BeforeValidator(both_ways), Words(hint="Leave it out for none.")] = CodecSettings()
+    vq: Annotated[VectorSettings, BeforeValidator(vectors), Words(hint="Leave it out for the defaults.")] = VectorSettings()
     split_backward: bool = False
     compile: Annotated[CompileSettings | None, BeforeValidator(_on_or_block), Words(hint="Leave it out for none.")] = None
     lr_by_delay: Annotated[int, Field(ge=0), Words(

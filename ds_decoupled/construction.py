@@ -91,9 +91,9 @@ class ConstructedEngine(compat.PipelineEngineBase):
         replay = block.own_pace().replay if axes.input == "replay" else None
         self.network = RUNNERS[axes.pace].network_class(
             grid, self.placement, rank, self.device,
-            partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward), block.timeout, self._queue(),
-            track=block.track_gradients > 0, seed=lambda: self.seeds.base, replay=replay,
-            memory=torch.device("cpu") if block.replay.memory == "host" else None)
+            partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward, vq=block.vq.model_dump()),
+            block.timeout, self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base, replay=replay,
+            every_link=block.codec.every_link, memory=torch.device("cpu") if block.replay.memory == "host" else None)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ds_decoupled.collectives import error_of_group
 from ds_decoupled.errors import LinkError, PeerError
-from ds_decoupled.links import Codecs, Message, ReplayRing
+from ds_decoupled.links import Message, Packed, ReplayRing
 from ds_decoupled.links.free import FreeReceiver, FreeSender, SharedRing
 from ds_decoupled.network import TRAINING, Channel, Network
 from ds_decoupled.schedules import Action
@@ -59,17 +59,18 @@ class FreeNetwork(Network):
     def _make_ring(self, stage: int, replay: Replay, memory: torch.device) -> ReplayRing:
         if stage > self.bottom:
             return super()._make_ring(stage, replay, memory)
-        return SharedRing(replay, memory, self.device, self.changed)
+        return SharedRing(replay, memory, self.device, self.changed)  # from another rank: written already
 
-    def _make_channel(self, name: str, group: Any, before: int | None, after: int | None, codecs: Codecs, queue: int,
-                      seed: Callable[[], tuple[int, ...]]) -> Channel:
+    def _make_channel(self, name: str, group: Any, before: int | None, after: int | None, queue: int) -> Channel:
         if name not in TRAINING:
-            return super()._make_channel(name, group, before, after, codecs, queue, seed)
+            return super()._make_channel(name, group, before, after, queue)
         # Nothing goes down but what is said of a rank.
         deliver = self.rings[self.bottom].send if name == "forward" and self.bottom in self.rings else _nothing
+        codecs, writer = self.coding.receiver(name), self.coding.sender(name)
         return Channel(
-            None if before is None else FreeReceiver(before, group, self.device, codecs, deliver, self.changed),
-            None if after is None else FreeSender(after, group, self.device, codecs, self.timeout, queue, seed))
+            None if before is None else FreeReceiver(before, group, self.device, codecs, deliver, self.changed,
+                                                     self._keeps_codes(name, codecs)),
+            None if after is None else FreeSender(after, group, self.device, writer.codecs, self.timeout, queue, writer.seed))
 
     @property
     def _receivers(self) -> list[FreeReceiver]:
@@ -225,5 +226,5 @@ class FreeNetwork(Network):
         return {**found, "unsent": sender.dropped if isinstance(sender, FreeSender) else 0}
 
 
-def _nothing(message: Message) -> None:
+def _nothing(message: Message | Packed) -> None:
     """Nobody takes it."""

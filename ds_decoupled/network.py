@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from ds_decoupled.errors import LinkError, PeerError, one_line
 from ds_decoupled.leaving import wait_at_exit
-from ds_decoupled.links import Codecs, LocalLink, Message, RemoteReceiver, RemoteSender, ReplayRing, buffer_device
+from ds_decoupled.links import Codecs, LocalLink, Message, Packed, RemoteReceiver, RemoteSender, ReplayRing, buffer_device
+from ds_decoupled.links.coding import DIRECTIONS, Coding
 from ds_decoupled.schedules import Action, Placement, Slot
 from ds_decoupled.schedules.replay import Replay
 
@@ -74,16 +75,18 @@ class Network:
         placement: stages and their ranks.
         rank: this process's place on the pipe axis.
         device: where tensors live.
-        codecs: how a channel's values are written between ranks.
+        codecs: how a channel's values are written: new ones at each call, for one side of one link.
         timeout: seconds that a receive may take.
         track: whether the gradient tracker's channels are needed.
         queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
         seed: of what codecs draw by chance.
         replay: how stages replay their input; None where it streams.
         memory: where replay rings keep messages; by default on ``device``.
+        every_link: whether codecs act on links within the rank too.
 
     Attributes:
         channels: by name, see ``_CHANNELS``.
+        coding: the codecs of all links.
         failed: whether this rank or another has failed.
         rings: the replay rings before stages here, by stage.
         replicas: the group of data-parallel replicas; None for one.
@@ -94,14 +97,17 @@ class Network:
 
     def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device,
                  codecs: Callable[[str], Codecs], timeout: float, queue: int, track: bool = False,
-                 seed: Callable[[], int] = int, replay: Replay | None = None, memory: torch.device | None = None) -> None:
+                 seed: Callable[[], int] = int, replay: Replay | None = None, memory: torch.device | None = None,
+                 every_link: bool = False) -> None:
         self.placement, self.rank, self.timeout, self.device = placement, rank, timeout, device
         self.replicas = grid.get_data_parallel_group() if grid.get_data_parallel_world_size() > 1 else None
         stages = placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
+        self.coding = Coding(codecs, seed, grid.get_data_parallel_rank(), self.bottom, self.top, every_link)
         # Link s joins stages s and s+1. At the ends of the rank a queue holds what waits to be sent, or has come and waits.
-        self._links: dict[tuple[str, int], LocalLink] = {(direction, link): LocalLink() for direction in ("forward", "backward")
-                       for link in range(self.bottom - 1, self.top + 1)}
+        self._links: dict[tuple[str, int], LocalLink] = {
+            (way, link): LocalLink(self.coding.writers.get((way, link)))
+            for way in DIRECTIONS for link in range(self.bottom - 1, self.top + 1)}
         self.rings = {} if replay is None else {
             stage: self._make_ring(stage, replay, memory or device) for stage in stages if stage > 0}
         self._links.update({("forward", stage - 1): ring for stage, ring in self.rings.items()})
@@ -112,9 +118,7 @@ class Network:
         if placement.ranks > 1:
             for name, group in _make_groups(grid, track, self.backend).items():
                 ends = (above, below) if "backward" in name else (below, above)
-                # Replicas and links draw apart.
-                self.channels[name] = self._make_channel(name, group, *ends, codecs(name), queue,
-                                                         lambda: (seed(), grid.global_rank))
+                self.channels[name] = self._make_channel(name, group, *ends, queue)
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
             self.channels = {name: Channel() for name in _CHANNELS}
@@ -124,13 +128,18 @@ class Network:
         wait_at_exit(self)
 
     def _make_ring(self, stage: int, replay: Replay, memory: torch.device) -> ReplayRing:
-        return ReplayRing(replay, memory, self.device)
+        return ReplayRing(replay, memory, self.device, self.coding.writers.get(("forward", stage - 1)))
 
-    def _make_channel(self, name: str, group: Any, before: int | None, after: int | None, codecs: Codecs, queue: int,
-                      seed: Callable[[], tuple[int, ...]]) -> Channel:
-        room = queue if name in TRAINING else _AHEAD
-        return Channel(None if before is None else RemoteReceiver(before, group, self.device, codecs, self.timeout),
-                       None if after is None else RemoteSender(after, group, self.device, codecs, self.timeout, room, seed))
+    def _make_channel(self, name: str, group: Any, before: int | None, after: int | None, queue: int) -> Channel:
+        room, codecs, writer = queue if name in TRAINING else _AHEAD, self.coding.receiver(name), self.coding.sender(name)
+        return Channel(
+            None if before is None else RemoteReceiver(before, group, self.device, codecs, self.timeout,
+                                                       self._keeps_codes(name, codecs)),
+            None if after is None else RemoteSender(after, group, self.device, writer.codecs, self.timeout, room, writer.seed))
+
+    def _keeps_codes(self, channel: str, codecs: Codecs) -> bool:
+        """Whether messages that come stay in their wire form: in a ring they wait, and are used several times."""
+        return channel == "forward" and self.bottom in self.rings and not codecs.trivial
 
     def queues(self, stage: int) -> dict[Slot, LocalLink]:
         """The queues of a stage here. No message leaves the model at its ends."""
@@ -276,7 +285,7 @@ class Network:
                 "messages": sum(sender.messages_sent for sender in senders), "held": self.held(),
                 "rings": {stage: ring.report(k) for stage, ring in self.rings.items()}}
 
-    def queued(self) -> Iterator[Message]:
+    def queued(self) -> Iterator[Message | Packed]:
         """Messages that wait between stages here, or to be sent."""
         for link in self._links.values():
             yield from link.queue
@@ -297,13 +306,15 @@ class Network:
         for receiver, what in ((self._forward.receiver, "activations"), (self._backward.receiver, "gradients")):
             if receiver is not None:
                 receiver.collect(f"pipe rank {self.rank}, saving a checkpoint: {what} on their way")
-        found = {kind: {s: list(self._into(direction, s).queue) for s in range(self.bottom, self.top + 1)}
-                 for kind, direction in _KINDS.items()}
+        found: dict[str, dict[int, list[Message | Packed]]] = {
+            kind: {s: list(self._into(direction, s).queue) for s in range(self.bottom, self.top + 1)}
+            for kind, direction in _KINDS.items()}
         if self._forward.receiver is not None:
             found["activations"][self.bottom] += self._forward.receiver.arrived
         if self._backward.receiver is not None:
             found["gradients"][self.top] += self._backward.receiver.arrived
-        return found
+        return {kind: {s: [message.opened() for message in messages] for s, messages in by_stage.items()}
+                for kind, by_stage in found.items()}
 
     def _into(self, direction: str, stage: int) -> LocalLink:
         return self._links[direction, stage - 1 if direction == "forward" else stage]

@@ -100,7 +100,7 @@ class Passes:
         receiver.expect([number])
         message = receiver.recv(number, self.network.waiting(top, top + 1, f"the {channel}", number))
         assert message is not None
-        return message.parts[0]
+        return message.opened().parts[0]
 
     def hand_back(self, channel: str, number: int, value: Any) -> None:
         """Send ``value``, a tensor or a tuple of them, to the rank below, if there is one."""
@@ -119,7 +119,7 @@ class Passes:
         message = receiver.recv(number, self.network.waiting(bottom, bottom - 1, f"the {channel}", number))
         if message is None:
             raise NoBatch(data_failed(receiver) or StopIteration())
-        return message.parts
+        return message.opened().parts
 
     def _tell(self, channel: str, number: int, error: Exception) -> None:
         """The next rank learns why ``number`` and those after it will not come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ def on_device(value: Any, device: torch.device) -> Any:
 def nbytes(tensors: Tensors) -> int:
     """Bytes of the values."""
     return sum(t.numel() * t.element_size() for t in as_tuple(tensors))
+
+
+def channel_dim(shape: Sequence[int]) -> int | None:
+    """Where a tensor of ``shape`` has its channels: dimension 1 of (N, C, H, W), the last one of (N, features) and
+    (N, T, features); None for any other."""
+    return {2: 1, 3: 2, 4: 1}.get(len(shape))
 
 
 def describe_value(value: Any) -> str:

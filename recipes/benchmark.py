@@ -8,6 +8,7 @@
     python recipes/benchmark.py reconstruction        how exact a rebuilt input is: a RevNet's couplings
     python recipes/benchmark.py precision             the same for a reversible GPT, against its depth
     python recipes/benchmark.py heads                 what heads of stage-local losses cost
+    python recipes/benchmark.py codecs                what codecs cost: bytes, error, time beside a stage's forward pass
     python recipes/benchmark.py long --updates 5000   what a rank holds over thousands of updates: all of it should be flat
     python recipes/benchmark.py pace --model resnet18 what a slow rank costs the fast one
 
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+from bench.codecs import codecs
 from bench.depth import depth
 from bench.heads import heads
 from bench.long import long
@@ -59,7 +61,8 @@ FIGURES = {
     "speed": (*SIZES, "k", "ranks", "methods", "repeats", "calls"), "memory": (*SIZES, "k"),
     "depth": ("length", "micro_batch", "width"), "reconstruction": ("width", "image_size", "micro_batch"),
     "precision": ("length", "micro_batch", "width"), "heads": ("model", "width", "image_size", "micro_batch"),
-    "long": ("updates", "methods", "ranks"), "pace": (*SIZES, "methods", "repeats", "calls"),
+    "codecs": ("width", "image_size", "micro_batch", "repeats"), "long": ("updates", "methods", "ranks"),
+    "pace": (*SIZES, "methods", "repeats", "calls"),
 }
 """Which options each figure takes."""
 OF_IMAGES, OF_TEXT = ("image_size",), ("blocks", "length")
@@ -170,6 +173,10 @@ def figure(args: argparse.Namespace, model: Model, output: Path) -> tuple[str, s
     if args.figure == "heads":
         text, found = heads(args.model, args.width, args.image_size, args.micro_batch)
         return text, "Heads of stage-local losses, one behind every block but the last", found
+    if args.figure == "codecs":
+        width = args.width or 64
+        text, found = codecs("resnet18", width, args.image_size, args.micro_batch, args.repeats)
+        return text, f"What a ResNet's block gives: {args.micro_batch} x {width} x {args.image_size} x {args.image_size}", found
     if args.figure == "long":
         text, found = long(args.methods, args.ranks, args.updates)
         return text, f"{args.updates} updates of one micro-batch of 2; numbers of all ranks, by rank", found

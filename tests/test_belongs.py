@@ -24,10 +24,11 @@ OTHER: dict[str, Any] = {
     "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
     "clock": {"seed": 1}, "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
     "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5], "stage_schedulers": [None, None],
-    "stop_after": [None, 1], "codec": "bf16", "split_backward": True, "compile": True, "lr_by_delay": 10, "track_gradients": 2,
-    "timeout": 60,
+    "stop_after": [None, 1], "codec": "bf16", "vq": {"group": 4}, "split_backward": True, "compile": True, "lr_by_delay": 10,
+    "track_gradients": 2, "timeout": 60,
 }
-BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"}}
+BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"},
+                                     "vq": {"codec": {"forward": "vq"}}}
 
 #: x: refused. Of the axes, the value of OTHER, where the preset has another.
 TABLE = """
@@ -55,6 +56,7 @@ stage_lr             x         .          .        .     .    .    .       .    
 stage_schedulers     x         .          .        .     .    .    .       .           .
 stop_after           x         x          x        x     x    x    .       .           .
 codec                x         .          .        .     .    .    .       .           .
+vq                   x         .          .        .     .    .    .       .           .
 split_backward       x         .          .        .     .    .    x       x           x
 compile              x         .          .        .     .    .    .       .           .
 lr_by_delay          x         x          .        .     .    .    x       .           x
@@ -126,6 +128,8 @@ def test_what_is_the_default_is_taken_everywhere() -> None:
     ({"method": "dgl", "head_refresh": 3}, "head_refresh", '"head": null'),
     ({"method": "dgl", "head": "mlp", "head_refresh": 3}, "head_refresh", '"head": "mlp"'),
     ({"method": "dgl", "head": "shared:2", "head_refresh": 3}, None, ""),
+    ({"method": "petra", "codec": "int8", "vq": {"levels": 2}}, "vq", "another codec forward"),
+    ({"method": "petra", "codec": {"forward": "vq"}, "vq": {"levels": 2}}, None, ""),
     ({"method": "petra", "compile": True, "split_backward": True}, "compile", '"split_backward": true'),
     ({"method": "pipedream", "weights": "predicted"}, "weights", '"recover": "graph"'),
     ({"method": "pipedream", "weights": "current"}, None, ""),

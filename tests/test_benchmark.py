@@ -174,3 +174,17 @@ def test_long_run(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     done = run_benchmark(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_what_codecs_cost() -> None:
+    """Every codec, and codebooks by every setting whose groups divide the channels, with the bytes that they take."""
+    from bench.codecs import codecs
+    from ds_decoupled.links import CODECS
+
+    text, [stage, *rows] = codecs("resnet18", width=8, image_size=16, micro_batch=4, repeats=1)
+    by_codec = {row["codec"]: row for row in rows}
+    assert set(CODECS) - {"vq"} < set(by_codec) and sum(name.startswith("vq") for name in by_codec) == 5
+    assert by_codec["none"]["bytes_per_sample"] == 4 * 8 * 16 * 16 and by_codec["none"]["error"] == 0
+    assert by_codec["vq, D=8, K=16"]["bytes_per_sample"] == (16 * 16 * 4 // 2 + 16) / 4
+    assert all(row["write_seconds"] > 0 and 0 <= row["error"] < 1 for row in rows) and stage["stage_seconds"] > 0
+    assert len(text.splitlines()) == 2 + len(rows)

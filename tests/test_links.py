@@ -10,7 +10,7 @@ import torch.distributed as dist
 import worlds
 
 from ds_decoupled.errors import LinkError
-from ds_decoupled.links import CODECS, LocalLink, Message, RemoteReceiver, RemoteSender
+from ds_decoupled.links import CODECS, Codecs, LocalLink, Message, Packed, RemoteReceiver, RemoteSender, pack
 from ds_decoupled.links import message as wire
 
 
@@ -36,13 +36,13 @@ def exchange(codec: str) -> list[str]:
     group = dist.new_group([0, 1])
     cpu = torch.device("cpu")
     if dist.get_rank() == 0:
-        sender = RemoteSender(1, group, cpu, (CODECS[codec],))
+        sender = RemoteSender(1, group, cpu, Codecs(CODECS[codec]))
         for message in messages():
             sender.send(message)
         sender.wait_until_taken(20)
         assert sender.messages_sent == 12 and sender.bytes_sent > 12 * 1024
         return []
-    receiver = RemoteReceiver(0, group, cpu, (CODECS[codec],), 20)
+    receiver = RemoteReceiver(0, group, cpu, Codecs(CODECS[codec]), 20)
     receiver.expect(range(12))
     wrong = []
     for message in messages():
@@ -67,11 +67,11 @@ def out_of_order() -> str:
     dist.init_process_group("gloo")
     group = dist.new_group([0, 1])
     if dist.get_rank() == 0:
-        sender = RemoteSender(1, group, torch.device("cpu"), ())
+        sender = RemoteSender(1, group, torch.device("cpu"), Codecs())
         sender.send(Message(3, (torch.ones(2),)))
         sender.wait_until_taken(20)
         return ""
-    receiver = RemoteReceiver(0, group, torch.device("cpu"), (), 20)
+    receiver = RemoteReceiver(0, group, torch.device("cpu"), Codecs(), 20)
     receiver.expect([2])
     with pytest.raises(LinkError, match="stage 1 waits: micro-batch 3 came instead of 2"):
         receiver.recv(2, "stage 1 waits")
@@ -95,12 +95,11 @@ def test_any_number_of_tensors_fits() -> None:
     kinds = [torch.float16, torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.bool, torch.complex64]
     tensors = tuple(torch.ones([1 + i % 3] * (i % 9)).to(kinds[i % len(kinds)]) for i in range(500))
     message = Message(7, (tensors, None, tensors[1]))
-    header, size = wire.encode_header(message, ())
-    assert len(header) % wire.HEADER_INTS == 0 and len(header) > 2000 and size % 64 == 0
-    buffer = torch.empty(size, dtype=torch.uint8)
-    wire.write(message, header, buffer, ())
-    came = wire.read(buffer, (), torch.device("cpu"))
-    assert wire.read_size(buffer) == size and came.micro_batch == 7 and came.parts[1] is None
+    header, _ = wire.encode(message, Codecs())
+    assert len(header) % wire.HEADER_INTS == 0 and len(header) > 2000 and header[0] % 64 == 0
+    buffer = pack(message, Codecs()).buffer
+    came = Packed.arrived(buffer, Codecs(), torch.device("cpu")).unwrapped()
+    assert wire.read_size(buffer) == header[0] == buffer.numel() and came.micro_batch == 7 and came.parts[1] is None
     assert len(came.parts[0]) == 500
     for a, b in zip((*tensors, tensors[1]), (*came.parts[0], came.parts[2])):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -109,4 +108,4 @@ def test_any_number_of_tensors_fits() -> None:
 
 def test_what_cannot_travel_is_named() -> None:
     with pytest.raises(LinkError, match="sparse_coo.*cannot travel"):
-        wire.encode_header(Message(0, (torch.eye(3).to_sparse(),)), ())
+        wire.encode(Message(0, (torch.eye(3).to_sparse(),)), Codecs())

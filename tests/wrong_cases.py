@@ -234,13 +234,19 @@ DECOUPLED += [
     *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
         ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
     *[Wrong(f"decoupled.codec.{name}", {f"decoupled.codec.{name}": value}) for name, value in (
-        ("forwards", "int8"), ("forward", "int9"), ("backward", 8), ("backward", None))],
+        ("forwards", "int8"), ("forward", "int9"), ("backward", 8), ("backward", None), ("backward", "vq"),
+        ("every_link", True), ("every_link", "yes"))],
+    Wrong("decoupled.codec", {"decoupled.codec": "vq"}),
+    *[Wrong(f"decoupled.vq.{name}", {"decoupled.codec": {"forward": "vq"}, f"decoupled.vq.{name}": value})
+      for name, value in (("groups", 4), ("group", 0), ("group", "8"), ("codebook", 1), ("codebook", 10**9), ("levels", 0),
+                          ("decay", 0.0), ("decay", 1), ("decay", NAN), ("every", 0), ("moved", -1.0), ("revive", 1))],
+    Wrong("decoupled.vq", {"decoupled.codec": {"forward": "vq"}, "decoupled.vq": 8}),
 ]
 
 #: Of our own block, under a method for which they would do nothing.
 WITHOUT_EFFECT = [
     *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
-        ("queue", 4), ("input_shape", [2, 8, 8]), ("head", "mlp"), ("stop_after", [None] * 7))],
+        ("queue", 4), ("input_shape", [2, 8, 8]), ("head", "mlp"), ("stop_after", [None] * 7), ("vq", {"levels": 2}))],
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "overlapping", f"decoupled.{name}": value}) for name, value in (
         ("queue", 4), ("recover", "input"), ("split_backward", True), ("head_refresh", 10))],
     *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (

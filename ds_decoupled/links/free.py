@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.links.message import Message
+from ds_decoupled.links.packed import Packed
+from ds_decoupled.links.places import Codecs
 from ds_decoupled.links.remote import RemoteReceiver, RemoteSender
 from ds_decoupled.links.ring import ReplayRing
-from ds_decoupled.links.table import Codecs
 from ds_decoupled.schedules.replay import Replay
 
 #: In place of a micro-batch's number, where other links have the end of the data.
@@ -46,7 +47,7 @@ class SharedRing(ReplayRing):
         super().__init__(replay, memory, device)
         self.changed = changed
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message | Packed) -> None:
         with self.changed:
             super().send(message)
             self.changed.notify_all()
@@ -122,6 +123,7 @@ class FreeReceiver(RemoteReceiver):
     Args:
         deliver: is given every message, in the thread.
         changed: guards what is known of the sender, and is told of every change.
+        packed: whether messages are delivered in their wire form.
 
     Attributes:
         data_end: the first micro-batch that will not come, once the sender has said so; until :meth:`restart`.
@@ -131,9 +133,9 @@ class FreeReceiver(RemoteReceiver):
         failure: of the sender, as it told, or of the link.
     """
 
-    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, deliver: Callable[[Message], None],
-                 changed: threading.Condition) -> None:
-        super().__init__(peer, group, device, codecs, _FOREVER)
+    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, deliver: Callable[[Message | Packed], None],
+                 changed: threading.Condition, packed: bool = False) -> None:
+        super().__init__(peer, group, device, codecs, _FOREVER, packed)
         self.deliver, self.changed = deliver, changed
         self._place = dist.get_group_rank(group, peer)
         self._answer: Callable[[], None] = lambda: None

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ds_decoupled.links.scalar import Int4, channel_dim
+from ds_decoupled.links.scalar import Int4
+from ds_decoupled.tensors import channel_dim
 
 #: The largest block. A larger one spreads further and costs more: 2 b operations a number.
 BLOCK = 64

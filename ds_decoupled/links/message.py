@@ -3,7 +3,7 @@
 ::
 
     header (int64, a multiple of 1 KiB)                           payload, every tensor 64-byte aligned
-    size of this buffer | micro-batch | numbers in the header | structure of the parts: types and shapes | ...
+    size of this buffer | micro-batch | numbers in the header | the parts: types, shapes, bytes | ...
 
 The header carries the layout, so shapes may change from message to message; it grows with what it has to say. A receive must
 be posted before the size of its message is known; it is posted with the size of the last one. A message of another size is
@@ -12,7 +12,7 @@ announced by a buffer of the old size whose header says so; the receiver then po
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ds_decoupled.errors import LinkError
-from ds_decoupled.links.codec import Codec
-from ds_decoupled.links.table import Codecs
+from ds_decoupled.links.codec import Coded, Reader
+from ds_decoupled.links.places import Codecs
 
 HEADER_INTS = 128  # of the smallest header; a longer one is a multiple
 HEADER_BYTES = HEADER_INTS * 8
@@ -46,39 +46,77 @@ class Message:
     micro_batch: int
     parts: tuple[Any, ...]
 
+    def opened(self) -> Message:
+        """Itself: what a message that is kept in its wire form gives (:class:`~ds_decoupled.links.packed.Packed`)."""
+        return self
+
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
-        tensors = (t for part in self.parts for t in (part if isinstance(part, tuple) else (part,)) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for _, _, tensor in _tensors(self) if tensor is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are: the first of them."""
+        return next((tensor.device for _, _, tensor in _tensors(self) if tensor is not None), torch.device("cpu"))
 
 
-_AS_IT_IS = Codec()
+@dataclass(frozen=True)
+class Place:
+    """One tensor of a buffer.
+
+    Attributes:
+        dtype, shape: its type and shape.
+        start, stop: where its bytes are.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
-def _codec(codecs: Codecs, part: int) -> Codec:
-    return codecs[part] if part < len(codecs) else _AS_IT_IS
+@dataclass(frozen=True)
+class Layout:
+    """What a header says.
+
+    Attributes:
+        micro_batch: the message's.
+        parts: the message's, with a :class:`Place` where it has a tensor.
+    """
+
+    micro_batch: int
+    parts: tuple[Any, ...]
+
+    def places(self) -> list[tuple[int, int, Place]]:
+        """The tensors that are there: part, position in it, place."""
+        return [(part, position, place) for part, position, place in _tensors(self) if place is not None]
 
 
-def _entries(message: Message, codecs: Codecs) -> Iterator[tuple[Tensor, Codec]]:
-    """The tensors that are there, and by which codec each travels."""
-    for place, part in enumerate(message.parts):
-        for tensor in part if isinstance(part, tuple) else (part,):
-            if tensor is not None:
-                yield tensor, _codec(codecs, place)
+def _tensors(message: Message | Layout) -> list[tuple[int, int, Any]]:
+    """All places for a tensor, those of None too: part, position in it, and what is there."""
+    return [(part, position, value) for part, values in enumerate(message.parts)
+            for position, value in enumerate(values if isinstance(values, tuple) else (values,))]
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-def encode_header(message: Message, codecs: Codecs) -> tuple[list[int], int]:
-    """The header of ``message`` and the size in bytes of its buffer."""
+def encode(message: Message, codecs: Codecs, seed: tuple[int, ...] = ()) -> tuple[list[int], list[Coded]]:
+    """The header of ``message``, whose first number is the size of its buffer in bytes, and its tensors, ready to be written.
+
+    Args:
+        codecs: the sender's, which may learn from it.
+        seed: of what codecs draw by chance, with the micro-batch and the tensor's place in the message behind it: no state is
+            kept, so that a run that is resumed draws the same.
+    """
     header = [0, message.micro_batch, 0, len(message.parts)]
+    coded: list[Coded] = []
     size = 0
-    for place, part in enumerate(message.parts):
-        header.append(-1 if part is None else 0 if isinstance(part, Tensor) else len(part) + 1)
-        for tensor in () if part is None else (part,) if isinstance(part, Tensor) else part:
+    for part, values in enumerate(message.parts):
+        header.append(-1 if values is None else 0 if isinstance(values, Tensor) else len(values) + 1)
+        for position, tensor in enumerate(() if values is None else (values,) if isinstance(values, Tensor) else values):
             if tensor is None:
                 header.append(_ABSENT)
                 continue
@@ -86,28 +124,22 @@ def encode_header(message: Message, codecs: Codecs) -> tuple[list[int], int]:
                 kind = tensor.dtype if tensor.layout is torch.strided else f"{tensor.layout} layout"
                 raise LinkError(f"tensors of {kind} cannot travel between ranks; pass dense ones of a plain type from layer to "
                                 "layer")
-            header += [_DTYPE_ID[tensor.dtype], tensor.dim(), *tensor.shape]
-            size += _aligned(_codec(codecs, place).nbytes(tensor.shape, tensor.dtype))
+            coded.append(codecs.at(part, position).encode(tensor, (*seed, message.micro_batch, len(coded))))
+            header += [_DTYPE_ID[tensor.dtype], tensor.dim(), *tensor.shape, coded[-1].nbytes]
+            size += _aligned(coded[-1].nbytes)
     # Padded, so that messages of one shape keep one size even if a number in the header needs more room.
     header += [0] * (-len(header) % HEADER_INTS)
-    size += 8 * len(header)
-    header[0], header[2] = size, len(header)
-    return header, size
+    header[0], header[2] = size + 8 * len(header), len(header)
+    return header, coded
 
 
-def write(message: Message, header: list[int], buffer: Tensor, codecs: Codecs, seed: tuple[int, ...] = ()) -> None:
-    """Fill ``buffer`` (uint8).
-
-    Args:
-        seed: of what codecs draw by chance, with the micro-batch and the tensor's place in the message behind it: no state is
-            kept, so that a run that is resumed draws the same.
-    """
+def write(header: list[int], coded: Sequence[Coded], buffer: Tensor) -> None:
+    """Fill ``buffer`` (uint8) with what :func:`encode` gave."""
     offset = 8 * len(header)
     buffer[:offset].view(torch.int64).copy_(torch.tensor(header))
-    for place, (tensor, codec) in enumerate(_entries(message, codecs)):
-        nbytes = codec.nbytes(tensor.shape, tensor.dtype)
-        codec.write(tensor, buffer[offset:offset + nbytes], (*seed, message.micro_batch, place))
-        offset += _aligned(nbytes)
+    for tensor in coded:
+        tensor.write(buffer[offset:offset + tensor.nbytes])
+        offset += _aligned(tensor.nbytes)
 
 
 def announce(size: int, buffer: Tensor) -> None:
@@ -120,27 +152,45 @@ def read_size(buffer: Tensor) -> int:
     return int(buffer[:8].view(torch.int64).item())
 
 
-def read(buffer: Tensor, codecs: Codecs, device: torch.device) -> Message:
-    """The message in ``buffer``; its tensors are views where nothing has to be converted."""
+def layout_of(buffer: Tensor) -> Layout:
+    """What the header of ``buffer`` says."""
     offset = 8 * int(buffer[16:24].view(torch.int64).item())
     header: list[int] = buffer[:offset].view(torch.int64).tolist()
     position = 4
 
-    def tensor(codec: Codec) -> Tensor | None:
+    def place() -> Place | None:
         nonlocal position, offset
         if header[position] == _ABSENT:
             position += 1
             return None
         dtype, dims = _DTYPES[header[position]], header[position + 1]
-        shape = header[position + 2:position + 2 + dims]
-        position += 2 + dims
-        nbytes = codec.nbytes(shape, dtype)
+        shape, nbytes = header[position + 2:position + 2 + dims], header[position + 2 + dims]
+        position += 3 + dims
         start, offset = offset, offset + _aligned(nbytes)
-        return codec.read(buffer[start:start + nbytes], shape, dtype, device)
+        return Place(dtype, tuple(shape), start, start + nbytes)
 
     parts: list[Any] = []
-    for place in range(header[3]):
-        count, codec = header[position], _codec(codecs, place)
+    for _ in range(header[3]):
+        count = header[position]
         position += 1
-        parts.append(None if count < 0 else tensor(codec) if count == 0 else tuple(tensor(codec) for _ in range(count - 1)))
-    return Message(header[1], tuple(parts))
+        parts.append(None if count < 0 else place() if count == 0 else tuple(place() for _ in range(count - 1)))
+    return Layout(header[1], tuple(parts))
+
+
+def readers(buffer: Tensor, layout: Layout, codecs: Codecs, device: torch.device) -> tuple[Reader, ...]:
+    """What reads the tensors of a buffer that has come. To be asked for every buffer, in the order in which they come."""
+    return tuple(codecs.at(part, position).reader(buffer[place.start:place.stop], place.shape, place.dtype, device)
+                 for part, position, place in layout.places())
+
+
+def read(buffer: Tensor, layout: Layout, by: Sequence[Reader], device: torch.device) -> Message:
+    """The message in ``buffer``; its tensors are views where nothing has to be converted."""
+    each = iter(by)
+
+    def tensor(place: Place | None) -> Tensor | None:
+        if place is None:
+            return None
+        return next(each).read(buffer[place.start:place.stop], place.shape, place.dtype, device)
+
+    return Message(layout.micro_batch, tuple(tuple(map(tensor, part)) if isinstance(part, tuple) else tensor(part)
+                                             for part in layout.parts))

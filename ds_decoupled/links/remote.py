@@ -19,7 +19,8 @@ from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.links import message as wire
 from ds_decoupled.links.local import check
 from ds_decoupled.links.message import HEADER_BYTES, Message
-from ds_decoupled.links.table import Codecs
+from ds_decoupled.links.packed import Packed
+from ds_decoupled.links.places import Codecs
 from ds_decoupled.links.under_way import UnderWay, first_line
 
 #: In place of a micro-batch's number: the sender failed, and the message says why.
@@ -42,7 +43,7 @@ class RemoteSender:
         peer: the receiver's global rank.
         group: the process group of this direction.
         device: where the tensors live.
-        codecs: how the parts' values are written; the receiver must be given the same.
+        codecs: this side's, of the parts' values; the receiver's must be of the same kinds.
         timeout: seconds that a send may wait for room in the queue.
         queue: messages that may be under way at once; None for any number.
         seed: what codecs that round by chance draw from, asked at every message.
@@ -84,14 +85,15 @@ class RemoteSender:
         self.under_way.wait_below(1, timeout)
 
     def _send(self, message: Message) -> None:
-        header, size = wire.encode_header(message, self.codecs)
+        header, coded = wire.encode(message, self.codecs, self.seed())
+        size = header[0]
         if size != self._size:
             announcement = _new_buffer(self._size, self.buffer_device, self.device)
             wire.announce(size, announcement)
             self._isend(announcement)
             self._size = size
         buffer = _new_buffer(size, self.buffer_device, self.device)
-        wire.write(message, header, buffer, self.codecs, self.seed())
+        wire.write(header, coded, buffer)
         if self.buffer_device != self.device:
             torch.cuda.current_stream(self.device).synchronize()  # the copy to host memory must be complete
         self._isend(buffer)
@@ -114,16 +116,25 @@ class RemoteReceiver:
     A receive is posted only for a message that is sure to come (:meth:`expect`), so that no rank leaves with a receive
     that nobody will ever answer.
 
+    Args:
+        peer: the sender's global rank.
+        group: the process group of this direction.
+        device: where the tensors are wanted.
+        codecs: this side's.
+        timeout: seconds that a receive may take.
+        packed: whether messages are handed out in their wire form.
+
     Attributes:
         end: the first micro-batch that will not come, once the sender has said so (its data ran out, or failed).
         end_reason: why, if the data failed.
     """
 
-    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, timeout: float) -> None:
-        self.peer, self.group, self.device, self.codecs = peer, group, device, codecs
+    def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, timeout: float,
+                 packed: bool = False) -> None:
+        self.peer, self.group, self.device, self.codecs, self.packed = peer, group, device, codecs, packed
         self.timeout = timedelta(seconds=timeout)
         self.buffer_device = buffer_device(group, device)
-        self.arrived: deque[Message] = deque()
+        self.arrived: deque[Message | Packed] = deque()
         self.end: int | None = None
         self.end_reason: str | None = None
         self._expected: deque[int] = deque()
@@ -149,7 +160,7 @@ class RemoteReceiver:
     def _start(self, buffer: Tensor) -> Any:
         return dist.irecv(buffer, self.peer, group=self.group)
 
-    def recv(self, micro_batch: int, what: str) -> Message | None:
+    def recv(self, micro_batch: int, what: str) -> Message | Packed | None:
         """The message of ``micro_batch``, or None if the data ended before it.
 
         Args:
@@ -168,7 +179,7 @@ class RemoteReceiver:
             return None
         return check(self.arrived.popleft(), micro_batch, what)
 
-    def collect(self, what: str) -> list[Message]:
+    def collect(self, what: str) -> list[Message | Packed]:
         """Take in every message that is sure to come, for a checkpoint; they stay to be received."""
         while self._expected:
             self._take_in(what)
@@ -197,17 +208,18 @@ class RemoteReceiver:
             self._size = size
             self._post()
             return
-        message = wire.read(buffer, self.codecs, self.device)
+        message = Packed.arrived(buffer, self.codecs, self.device)
         if message.micro_batch == _FAILED:
             rank, _, reason = _read_text(message).partition(" ")
             self._failure = int(rank), reason
             self._raise_if_failed(what)
-        if message.parts and message.parts[0] is not None:
+        parts = message.layout.parts
+        if parts and parts[0] is not None:
             self._expected.popleft()
-            self.arrived.append(message)
+            self.arrived.append(message if self.packed else message.unwrapped())
         else:
             self.end = message.micro_batch
-            self.end_reason = _read_text(message) if message.parts else None
+            self.end_reason = _read_text(message) if parts else None
             self._expected = deque(m for m in self._expected if m < self.end)
         self._post()
 
@@ -217,5 +229,5 @@ class RemoteReceiver:
             raise PeerError(f"{what}, but pipe rank {rank} failed: {reason}", rank, reason)
 
 
-def _read_text(message: Message) -> str:
-    return bytes(message.parts[1].tolist()).decode(errors="replace")
+def _read_text(message: Packed) -> str:
+    return bytes(message.unwrapped().parts[1].tolist()).decode(errors="replace")

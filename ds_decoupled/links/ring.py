@@ -11,47 +11,55 @@ import torch
 from ds_decoupled.errors import LinkError
 from ds_decoupled.links.local import LocalLink
 from ds_decoupled.links.message import Message
+from ds_decoupled.links.packed import Packed, bytes_of
+from ds_decoupled.links.writer import Writer
 from ds_decoupled.schedules.replay import Replay, ReplayOrder
 from ds_decoupled.tensors import on_device
 
 
 class ReplayRing(LocalLink):
-    """The input of one stage: M whole micro-batches, activations and labels.
+    """The input of one stage: M whole micro-batches, activations and labels; where a codec acts, in the form that travels.
 
     Args:
         replay: the rule.
         memory: where messages lie.
         device: where they are used.
+        writer: of what stages of this rank send; None where it is handed over as it is.
 
     Attributes:
         order: the numbers of what is here, and their uses.
     """
 
-    def __init__(self, replay: Replay, memory: torch.device, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, replay: Replay, memory: torch.device, device: torch.device, writer: Writer | None = None) -> None:
+        super().__init__(writer)
         self.order = ReplayOrder(replay)
         self.memory, self.device = memory, device
-        self._messages: dict[int, Message] = {}
+        self._messages: dict[int, Message | Packed] = {}
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message | Packed) -> None:
         """``message`` has come; with a full ring the oldest one goes."""
         gone = self.order.put(message.micro_batch)
         if gone is not None:
             del self._messages[gone]
-        self._messages[message.micro_batch] = replace(message, parts=on_device(message.parts, self.memory))
+        self._messages[message.micro_batch] = self._kept(self.written(message))
 
     def recv(self, micro_batch: int, what: str) -> Message:
         """The message whose turn it is, whatever number the stage gives its own turn."""
         number = self.order.draw()
         if number is None:
             raise LinkError(f"{what}: the replay ring has nothing to use")
-        message = self._messages[number]
+        message = self._messages[number].opened()
         return replace(message, parts=on_device(message.parts, self.device))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is here."""
-        return sum(message.nbytes for message in self._messages.values())
+        """Bytes of what is here, codebooks included."""
+        return bytes_of(self._messages.values())
+
+    def _kept(self, message: Message | Packed) -> Message | Packed:
+        if isinstance(message, Packed):
+            return message.placed(self.memory, self.device)
+        return replace(message, parts=on_device(message.parts, self.memory))
 
     def report(self, k: int) -> dict[str, Any]:
         """Counts, see :meth:`ReplayOrder.report`, and ``bytes``."""
@@ -60,9 +68,11 @@ class ReplayRing(LocalLink):
     def state_dict(self) -> dict[str, Any]:
         """The messages, and the order."""
         return {"order": self.order.state_dict(),
-                "messages": [(message.micro_batch, message.parts) for message in self._messages.values()]}
+                "messages": [message if isinstance(message, Packed) else (message.micro_batch, message.parts)
+                             for message in self._messages.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.order.load_state_dict(state["order"])
-        self._messages = {number: Message(number, on_device(parts, self.memory)) for number, parts in state["messages"]}
+        messages = [saved if isinstance(saved, Packed) else Message(*saved) for saved in state["messages"]]
+        self._messages = {message.micro_batch: self._kept(message) for message in messages}

@@ -22,14 +22,12 @@ from collections.abc import Sequence
 from math import prod
 from typing import ClassVar, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ds_decoupled.links.codec import FLOATS, Codec
-
-#: Fewer numbers than this travel as they are: losses, scalars, a few statistics.
-SMALL = 64
+from ds_decoupled.links import packing
+from ds_decoupled.links.codec import FLOATS, SMALL, Codec, generator_of
+from ds_decoupled.tensors import channel_dim
 
 _FLOAT32 = torch.finfo(torch.float32)
 _SCALE_BYTES = 4
@@ -37,15 +35,9 @@ _SCALE_BYTES = 4
 Self = TypeVar("Self", bound="Scaled")
 
 
-def channel_dim(shape: Sequence[int]) -> int | None:
-    """The dimension along which scales differ; None for one scale in all."""
-    return {2: 1, 3: 2, 4: 1}.get(len(shape))
-
-
 def draws(shape: Sequence[int], key: Sequence[int], device: torch.device) -> Tensor:
     """Uniform numbers of [0, 1), float32: the same for the same ``key``, unrelated for any other."""
-    [seed] = np.random.SeedSequence([number & (2**64 - 1) for number in key]).generate_state(1, np.uint64)
-    return torch.rand(tuple(shape), generator=torch.Generator(device).manual_seed(int(seed)), device=device)
+    return torch.rand(tuple(shape), generator=generator_of(key, device), device=device)
 
 
 class Scaled(Codec, ABC):
@@ -158,27 +150,19 @@ class Int8(Scaled):
 
 
 class Int4(Int8):
-    """``"int4"``: two numbers a byte, codes -7 … 7.
-
-    Byte ``i`` of ``h = ceil(n / 2)`` holds number ``i`` in its low half and number ``i + h`` in its high one: halves, not
-    neighbours, because they lie in one piece each.
-    """
+    """``"int4"``: codes -7 … 7, two a byte (:mod:`ds_decoupled.links.packing`)."""
 
     name, levels = "int4", 7.0
 
     def packed_bytes(self, count: int) -> int:
-        return (count + 1) // 2
+        return packing.packed_bytes(count, 4)
 
     def pack(self, codes: Tensor) -> Tensor:
-        half = self.packed_bytes(codes.numel())
-        packed = codes[:half] & 0x0F
-        packed[:codes.numel() - half] |= codes[half:] << 4
-        return packed
+        return packing.pack(codes, 4)
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
-        # The arithmetic shift brings the sign back.
-        low, high = packed << 4, packed[:count - packed.numel()]
-        return torch.cat([low, high]).view(torch.int8) >> 4
+        # Up and down again: the arithmetic shift brings the sign back.
+        return (packing.unpack(packed, count, 4) << 4).view(torch.int8) >> 4
 
 
 class Float8(Scaled):

@@ -17,25 +17,30 @@ no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ds_decoupled.links.codec import Cast, Codec
 from ds_decoupled.links.hadamard import RotatedInt4
+from ds_decoupled.links.places import Codecs
 from ds_decoupled.links.scalar import Float8, Int4, Int8
+from ds_decoupled.links.vector import VectorCodec
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Codec(), Cast(), Float8(), Int8(), Int4(), RotatedInt4())}
-"""By the setting's value."""
-
-Codecs = tuple[Codec, ...]
-"""Of a message's parts, by their places; parts behind the last travel as they are."""
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Codec(), Cast(), Float8(), Int8(), Int4(), RotatedInt4(),
+                                                            VectorCodec())}
+"""By the setting's value; ``"vq"`` with its default settings."""
 
 
-def codecs_of(channel: str, forward: str, backward: str) -> Codecs:
-    """The codecs of a network's channel. Evaluation and exact gradients must be exact: as they are.
+def codecs_of(channel: str, forward: str, backward: str, vq: Mapping[str, Any] | None = None) -> Codecs:
+    """The codecs of one side of a channel. Evaluation and exact gradients must be exact: as they are.
 
     Args:
         channel: its name.
         forward: the name of the codec of activations.
         backward: that of gradients.
+        vq: the settings of ``"vq"``; None for the defaults.
     """
+    up = VectorCodec(**vq) if forward == VectorCodec.name and vq is not None else CODECS[forward]
     if channel == "forward":
-        return (CODECS[forward],)
-    return (CODECS[backward].by_chance(), CODECS[forward]) if channel == "backward" else ()
+        return Codecs(up)
+    return Codecs(CODECS[backward].by_chance(), up) if channel == "backward" else Codecs()

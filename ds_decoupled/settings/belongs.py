@@ -70,6 +70,9 @@ ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
 TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
 SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"head": "shared"')
+#: The object of the codec, which is read before.
+VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq", '"codec": {"forward": "vq"}',
+               unmet="another codec forward")
 WHOLE = Need("split_backward", lambda split: not split, '"split_backward": false')
 
 
@@ -157,6 +160,8 @@ ROWS: tuple[Row, ...] = (
     _decoupled("stage_lr", "it has one optimizer and one rate for all stages"),
     _decoupled("stage_schedulers", "it has one scheduler for all stages", 'Set "scheduler", or take another method.'),
     _decoupled("codec", "it sends tensors as they are"),
+    _decoupled("vq", "it sends tensors as they are"),
+    Row("vq", (VECTORS,), "nothing is quantized by vectors", 'Leave it out, or take "codec": {"forward": "vq"}.'),
     _decoupled("split_backward", "its backward passes are whole"),
     Row("split_backward", (GLOBAL,), AT_ONCE, 'Leave "split_backward" out.'),
     _decoupled("compile", "it compiles on demand", "Leave it out and call engine.compile()."),

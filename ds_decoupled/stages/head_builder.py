@@ -13,6 +13,7 @@ from ds_decoupled.collectives import gather, together
 from ds_decoupled.compat import layer_specs
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.links.vector import VectorCodec, check_vectors
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
 from ds_decoupled.passes import NoBatch, Passes, as_in_evaluation
 from ds_decoupled.stages.heads import make_head, make_readout
@@ -119,6 +120,7 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
     specs = layer_specs(module)
 
     def make() -> SharedReadout | None:
+        _check_codec(given, stages, config, micro_batch)
         readout = make_readout(specs, like, seeds.device) if shared_blocks(config.head) is not None else None
         for index, stage in local.items():
             if stage.has_loss and not stage.is_last:
@@ -167,6 +169,25 @@ def _outputs_of(stages: Mapping[int, Stage], passes: Passes, sample: Tensors,
     told = gather((complaint, outputs))
     first = next((told_complaint for told_complaint, _ in told if told_complaint is not None), None)
     return given, next((n for _, n in told if n is not None), 0), first
+
+
+def _check_codec(given: Mapping[int, Tensors], stages: Mapping[int, Stage], config: DecoupledConfig, micro_batch: int) -> None:
+    """What stages here give can be quantized, where it will be: known before anything is sent.
+
+    Args:
+        given: by stage.
+        stages: this rank's.
+    """
+    if config.codec.forward != VectorCodec.name:
+        return
+    codec = VectorCodec(**config.vq.model_dump())
+    for index, tensors in given.items():
+        if stages[index].is_last or (index != max(stages) and not config.codec.every_link):
+            continue
+        for tensor in as_tuple(tensors):
+            shape = micro_batch, *tensor.shape[1:]
+            if codec.is_coded(shape, tensor.dtype):
+                check_vectors(shape, codec.group, codec.codebook)
 
 
 def _give_losses(stages: Mapping[int, LocalStage], loss_fn: Any) -> None:

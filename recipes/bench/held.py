@@ -43,7 +43,8 @@ class Held(Watcher, SegmentObserver):
     def _look(self) -> None:
         stages = self.engine.stages.values()
         kept = [t for stage in stages for t in stage.kept()]
-        waiting = [t for message in self.engine.network.queued() for t in tree_leaves(message.parts) if isinstance(t, Tensor)]
+        waiting = [t for message in self.engine.network.queued() for t in tree_leaves(message.opened().parts)
+                   if isinstance(t, Tensor)]
         stashed = [t for stage in stages for values in stage.weights.stash.values() for t in values]
         for name, tensors in (("kept", kept), ("with_messages", kept + waiting), ("stashed", stashed)):
             self.peaks[name] = max(self.peaks[name], distinct_bytes(iter(tensors)))
