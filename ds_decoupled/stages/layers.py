@@ -15,6 +15,7 @@ from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
 
 Layer = Callable[[Any], Any]
+Listener = Callable[[Layer, Any, Any], None]
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Layers:
         seeds: their random seeds.
         autocast: how they run.
         buffers: what they keep beside their weights.
+        listeners: are told of every layer that runs: it, what it was given, and what it made.
     """
 
     functions: Sequence[Layer]
@@ -34,6 +36,7 @@ class Layers:
     seeds: LayerSeeds
     autocast: Autocast = Autocast()
     buffers: Buffers = field(init=False)
+    listeners: list[Listener] = field(init=False, default_factory=list)
     _copy_input: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -45,7 +48,9 @@ class Layers:
         with self.autocast.forward():
             for index, layer in enumerate(self.functions, self.first):
                 self.seeds.set(index, micro_batch)
-                x = layer(x)
+                given, x = x, layer(x)
+                for listener in self.listeners:
+                    listener(layer, given, x)
         as_tuple(x)
         return x
 
