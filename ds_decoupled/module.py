@@ -22,9 +22,9 @@ from ds_decoupled.settings.check import check_settings, comparable
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.shared_memory import release_names
-from ds_decoupled.stages.heads import Form, WholeModel, make_head
+from ds_decoupled.stages.heads import WholeModel, make_head
 from ds_decoupled.stages.randomness import mix, seeded
-from ds_decoupled.tensors import Tensors
+from ds_decoupled.tensors import Form, Tensors
 
 #: PipelineModule's own default.
 _DEEPSPEED_SEED = 1234

@@ -15,9 +15,8 @@ from deepspeed.pipe import LayerSpec
 from torch import nn
 
 from ds_decoupled.collectives import together
-from ds_decoupled.stages.heads import Form, form_of
 from ds_decoupled.stages.layers import backward
-from ds_decoupled.tensors import Tensors, as_tuple, detach, leaves, to_device
+from ds_decoupled.tensors import Form, Tensors, as_tuple, detach, form_of, leaves, to_device
 
 #: Timed runs of a layer, after one that warms up.
 _REPEATS = 5

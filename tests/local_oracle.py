@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from oracle import _leaves, _tuple
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ds_decoupled.nn import ReversibleCoupling
 
@@ -117,7 +117,7 @@ class LocalOracle:
         else:
             ends = _leaves(y)
             if self.rebuild:
-                loss = 10 * ((head(ends) - labels) ** 2).mean()
+                loss = 10 * mse_loss(head(ends), labels)
             else:
                 loss = cross_entropy(head(ends).flatten(0, -2), labels.flatten())
             found = torch.autograd.grad(loss / self.k, [*_tuple(ends), *self._head_parameters(head)])

@@ -1,4 +1,4 @@
-"""Heads of the model's own later layers, the transport penalty, and heads that rebuild: against definitions, and by their layers."""
+"""Heads of the model's own later layers, the transport penalty, heads that rebuild: against definitions, layer by layer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ds_decoupled.models import build_gpt, build_model, from_hugging_face
 from ds_decoupled.models.transformer import GPTConfig
 from ds_decoupled.nn import ReversibleCoupling
 from ds_decoupled.nn.auglocal import depth_of, picked, unit_of
-from ds_decoupled.stages.heads import WholeModel, form_of, make_head
+from ds_decoupled.stages.heads import WholeModel, make_head
 from ds_decoupled.stages.layers import Layers
 from ds_decoupled.stages.randomness import LayerSeeds
-from ds_decoupled.stages.transport import Transport
-from ds_decoupled.tensors import as_tuple, leaves
+from ds_decoupled.stages.transport import Transport, check_transport
+from ds_decoupled.tensors import as_tuple, form_of, leaves
 
 
 def llama(blocks: int = 6) -> list[Any]:
@@ -33,12 +33,14 @@ def llama(blocks: int = 6) -> list[Any]:
 
 def plain() -> list[Any]:
     """Modules and functions, as a plain ``PipelineModule`` takes them."""
-    return [nn.Flatten(), nn.Linear(12, 8), torch.tanh, nn.Linear(8, 8), torch.tanh, nn.Linear(8, 8), torch.tanh, nn.Linear(8, 5)]
+    inner = [layer for _ in range(2) for layer in (nn.Linear(8, 8), torch.tanh)]
+    return [nn.Flatten(), nn.Linear(12, 8), torch.tanh, *inner, nn.Linear(8, 5)]
 
 
 IMAGES, IDS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12).view(2, 6) % 11
 MODELS: dict[str, tuple[Any, Any]] = {
-    "resnet18": (lambda: build_model("resnet18", width=4), IMAGES), "revnet18": (lambda: build_model("revnet18", width=4), IMAGES),
+    "resnet18": (lambda: build_model("resnet18", width=4), IMAGES),
+    "revnet18": (lambda: build_model("revnet18", width=4), IMAGES),
     "resnet50": (lambda: build_model("resnet50", width=2), IMAGES), "cnn6": (lambda: build_model("cnn6", width=4), IMAGES),
     "gpt": (lambda: build_gpt(GPTConfig(4, 16, 2, vocab_size=11)), IDS),
     "gpt, one stream": (lambda: build_gpt(GPTConfig(4, 16, 2, vocab_size=11), reversible=False), IDS),
@@ -58,7 +60,7 @@ def passed(layers: list[Any], x: Any) -> tuple[list[Any], list[Any], WholeModel]
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_stage_gets_a_head(name: str) -> None:
-    """It runs on what the stage gives, its gradient reaches the stage, it ends as the model does, and higher ones are shorter."""
+    """It runs on what the stage gives, its gradient reaches the stage, it ends as the model does, higher ones are shorter."""
     layers, x = MODELS[name][0](), MODELS[name][1]
     built, given, model = passed(layers, x)
     lengths = []
@@ -209,6 +211,14 @@ def test_what_layers_add() -> None:
     coupling = ReversibleCoupling(nn.Linear(4, 4))
     assert penalties(coupling, (x, 2 * x)) == [pytest.approx(0.5 * coupling.f(x).square().mean().item(), rel=1e-5)]
     assert penalties(nn.Linear(4, 3), x) == []
+
+
+def test_nothing_to_penalise() -> None:
+    forms = [form_of(torch.ones(2, width)) for width in (4, 3, 2)]
+    check_transport(0.0, forms)
+    check_transport(0.1, [*forms, forms[-1]])
+    with pytest.raises(ConfigError, match='"decoupled.transport": 0.1 cannot be used: no layer .* gives the shapes'):
+        check_transport(0.1, forms)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -21,8 +21,9 @@ REPO = Path(__file__).parent.parent
 #: For each setting a value that is not its default, and what stands beside it.
 OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
-    "update": "flush", "input": "stream", "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
-    "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5], "stage_schedulers": [None, None],
+    "update": "flush", "input": "stream", "window": 3, "losses": "farthest", "head": "linear",
+    "head_refresh": 10, "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
+    "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "split_backward": True, "compile": True, "lr_by_delay": 10, "track_gradients": 2,
     "timeout": 60,
 }
@@ -43,6 +44,7 @@ window               x         x          x        x     x    x    .       .
 losses               x         x          x        x     x    x    .       .
 head                 x         x          x        x     x    x    .       .
 head_refresh         x         x          x        x     x    x    .       .
+transport            x         x          x        x     x    x    .       .
 ensemble             x         x          x        x     x    x    .       .
 input_shape          x         x          x        x     x    x    .       .
 queue                x         x          x        x     x    x    .       x
@@ -121,6 +123,10 @@ def test_what_is_the_default_is_taken_everywhere() -> None:
     ({"method": "dgl", "head_refresh": 3}, "head_refresh", '"head": null'),
     ({"method": "dgl", "head": "mlp", "head_refresh": 3}, "head_refresh", '"head": "mlp"'),
     ({"method": "dgl", "head": "shared:2", "head_refresh": 3}, None, ""),
+    ({"method": "overlapping", "head": "reconstruct"}, "head", '"window": 2'),
+    ({"method": "dgl", "head": "reconstruct", "ensemble": True}, "ensemble", '"head": "reconstruct"'),
+    ({"method": "dgl", "head": "reconstruct"}, None, ""),
+    ({"method": "overlapping", "head": "auglocal:2", "ensemble": True, "transport": 1}, None, ""),
     ({"method": "petra", "compile": True, "split_backward": True}, "compile", '"split_backward": true'),
     ({"method": "pipedream", "weights": "predicted"}, "weights", '"recover": "graph"'),
     ({"method": "pipedream", "weights": "current"}, None, ""),

@@ -2,9 +2,9 @@
 
 "Scaling supervised local learning with augmented auxiliary networks" (AugLocal, ICLR 2024, arXiv 2402.17318): the auxiliary
 network of a layer is made of layers picked evenly from those above it, the last one always among them, and of a classifier;
-its depth falls linearly, from d at the lowest to (d + 1) / 2 at the highest (the pyramid of its section 3.2, with the coefficient
-1/2 of its experiments). Of a model of ``L`` layers whose stage ends before layer ``first``, with U layers between the stage and
-the classifier and d to pick::
+its depth falls linearly, from d at the lowest to (d + 1) / 2 at the highest (``--pyramid`` of the authors' code, with the
+coefficient 1/2 of their runs). Of a model of ``L`` layers whose stage ends before layer ``first``, with U layers between the
+stage and the classifier and d to pick::
 
     stage | first . . . . L-2 | L-1         picked: first - 1 + round(i U / d) for i = 1 .. d, then L-1, the classifier
 
@@ -21,7 +21,7 @@ Pure Python: no torch.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from ds_decoupled.errors import ConfigError
 
@@ -72,7 +72,7 @@ def depth_of(stage: int, stages: int, most: int) -> int:
     return max(1, int(most * (1 - fallen) + fallen + 0.5))
 
 
-def unit_of(kinds: Sequence[Hashable]) -> int:
+def unit_of(kinds: Sequence[object]) -> int:
     """How many layers make up the shortest run that ``kinds`` end with twice.
 
     >>> unit_of(["embedding", "attention", "mlp", "attention", "mlp"]), unit_of(["stem", "block", "block"]), unit_of(["a", "b"])
@@ -84,7 +84,7 @@ def unit_of(kinds: Sequence[Hashable]) -> int:
     return 1
 
 
-def picked(kinds: Sequence[Hashable], changes: Sequence[bool], first: int, depth: int) -> list[int]:
+def picked(kinds: Sequence[object], changes: Sequence[bool], first: int, depth: int) -> list[int]:
     """The layers between a stage and the model's last layer that its head copies, in order.
 
     >>> picked(["embedding", *["block"] * 30], [True, *[False] * 30], first=16, depth=4)        # 30 blocks, a stage of 15

@@ -13,8 +13,8 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 
 For language models ``lm``: RMSNorm and an unembedding; ``reconstruct`` asks for the stage's input back
 (:mod:`ds_decoupled.nn.reconstruction`). For any model ``last-layer``: a copy of the model's own last layer, with the weights
-that this starts from; ``last-layers:3``: of the last three, so that extra blocks stand before an unembedding; ``auglocal``: of a few
-layers picked evenly from those above the stage, and the last one (:mod:`ds_decoupled.nn.auglocal`).
+that this starts from; ``last-layers:3``: of the last three, so that extra blocks stand before an unembedding; ``auglocal``: of
+a few layers picked evenly from those above the stage, and of the last one (:mod:`ds_decoupled.nn.auglocal`).
 
 Where a stage gives two streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden
 state. A copy of the last layer sees all that the stage gives.

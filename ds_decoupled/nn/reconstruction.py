@@ -6,7 +6,8 @@
     loss = 10 * mean squared error;  the last stage alone learns the task
 
 The input of the first stage is token ids, and what counts in their place is what its first layer makes of them: the
-embeddings. Both linear layers start from Xavier's uniform with gain 0.1, so that the stage is pulled at gently while the head knows nothing.
+embeddings. Both linear layers start from Xavier's uniform with gain 0.1, so that the stage is pulled at gently while the head
+knows nothing.
 
 No label reaches a lower stage. Under Adam, which divides by a gradient's size, the factor 10 changes nothing, and lower stages
 drift at the full rate towards what is easily rebuilt: give them a small one (``stage_lr``).

@@ -16,11 +16,12 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
 from ds_decoupled.nn.reconstruction import RECONSTRUCT
 from ds_decoupled.passes import NoBatch, Passes, as_in_evaluation
-from ds_decoupled.stages.heads import Form, WholeModel, form_of, make_head, make_readout
+from ds_decoupled.stages.heads import WholeModel, make_head, make_readout
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.stage import Stage
-from ds_decoupled.tensors import Tensors, as_tuple, map_tensors, to_device
+from ds_decoupled.stages.transport import check_transport
+from ds_decoupled.tensors import Form, Tensors, as_tuple, form_of, map_tensors, to_device
 
 
 def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int, dtype: torch.dtype) -> list[Tensors]:
@@ -120,6 +121,7 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
     like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
     specs = layer_specs(module)
     model = WholeModel(specs, bounds, forms)
+    check_transport(config.transport, forms)
 
     def make() -> SharedReadout | None:
         readout = make_readout(specs, like, seeds.device) if shared_blocks(config.head) is not None else None

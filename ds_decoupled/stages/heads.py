@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,7 @@ from ds_decoupled.nn.heads import (
     shared_blocks,
 )
 from ds_decoupled.stages.randomness import mix, seeded
-from ds_decoupled.tensors import Tensors, as_tuple
-
-Form = tuple[tuple[tuple[int, ...], bool], ...]
-"""Of each tensor that a layer takes: its shape without the batch, and whether it is floating point."""
-
-
-def form_of(tensors: Tensors) -> Form:
-    """What a layer is given."""
-    return tuple((tuple(t.shape[1:]), t.is_floating_point()) for t in as_tuple(tensors))
+from ds_decoupled.tensors import Form, Tensors, as_tuple
 
 
 @dataclass(frozen=True)
@@ -120,12 +112,11 @@ def _own_layers(model: WholeModel, stage: int, most: int) -> list[nn.Module]:
     return [*(_between(body[index]) for index in which), last]
 
 
-def _kind(layer: Any) -> Hashable:
+def _kind(layer: Any) -> object:
     """What is the same for two layers that do the same work, of whatever size."""
     if isinstance(layer, LayerSpec):
         return (layer.typename, *(argument for argument in layer.module_args if isinstance(argument, type)))
-    kind: Hashable = type(layer) if isinstance(layer, nn.Module) else layer
-    return kind
+    return type(layer) if isinstance(layer, nn.Module) else layer
 
 
 class _Function(nn.Module):

@@ -15,15 +15,17 @@ it takes. Of a reversible coupling ``(x1, x2) -> (x2 + f(x1), x1)`` it is ``f(x1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.coupling import ReversibleCoupling
 from ds_decoupled.stages.layers import Layers
-from ds_decoupled.tensors import as_tuple
+from ds_decoupled.tensors import Form, as_tuple
 
 
 def added(layer: Any, given: Any, made: Any) -> list[Tensor]:
@@ -35,6 +37,21 @@ def added(layer: Any, given: Any, made: Any) -> list[Tensor]:
         return []
     # What passes through as it is (a mask) adds nothing, and is the very same tensor.
     return [y - x for x, y in zip(before, after) if y is not x and x.is_floating_point() and y.is_floating_point()]
+
+
+def check_transport(factor: float, forms: Sequence[Form]) -> None:
+    """A penalty needs something to penalise.
+
+    Args:
+        factor: the setting.
+        forms: what the layers of the whole model give.
+
+    Raises:
+        ConfigError: if no layer gives the shapes that it takes.
+    """
+    if factor and not any(given == made for given, made in pairwise(forms)):
+        raise ConfigError("decoupled.transport", factor, "no layer of this model gives the shapes that it takes, so that none "
+                          "adds to what passes through it", "Leave it out.")
 
 
 class Transport:

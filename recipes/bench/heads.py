@@ -13,7 +13,8 @@ from ds_decoupled.nn import block_starts
 from ds_decoupled.nn.auglocal import AUGLOCAL
 from ds_decoupled.nn.heads import HEADS
 from ds_decoupled.nn.reconstruction import RECONSTRUCT
-from ds_decoupled.stages.heads import Form, WholeModel, form_of, make_head
+from ds_decoupled.stages.heads import WholeModel, make_head
+from ds_decoupled.tensors import Form, form_of
 from run.tables import table
 
 IMAGE_HEADS = (*(name for name in HEADS if name not in ("lm", RECONSTRUCT)), f"{AUGLOCAL}:2", AUGLOCAL)

@@ -21,8 +21,8 @@ from bench.plan import Configuration
 from bench.runner import Runner, build
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import layer_times
-from ds_decoupled.stages.heads import Form, WholeModel, make_head
-from ds_decoupled.tensors import Tensors
+from ds_decoupled.stages.heads import WholeModel, make_head
+from ds_decoupled.tensors import Form, Tensors
 from run.results import peak_memory_bytes
 from run.worlds import Parent
 
