@@ -11,11 +11,13 @@ import torch
 from test_local import CNN, GPT, case_of, compare
 from torch import Tensor, nn
 
+from ds_decoupled.config import CompileSettings
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import build_gpt, build_model, from_hugging_face
 from ds_decoupled.models.transformer import GPTConfig
 from ds_decoupled.nn import ReversibleCoupling
 from ds_decoupled.nn.auglocal import depth_of, picked, unit_of
+from ds_decoupled.stages.compiled import compile_layers, plain_copy
 from ds_decoupled.stages.heads import WholeModel, make_head
 from ds_decoupled.stages.layers import Layers
 from ds_decoupled.stages.randomness import LayerSeeds
@@ -111,6 +113,16 @@ def test_modules_are_copied_with_their_functions() -> None:
     assert [type(layer).__name__ for layer in head.head[::2]] == ["Linear", "Linear", "Linear"]  # 12 -> 8 is never left out
     assert not {id(p) for p in head.parameters()} & {id(p) for layer in layers if isinstance(layer, nn.Module)
                                                      for p in layer.parameters()}
+
+
+def test_a_copy_of_a_compiled_layer_is_its_own() -> None:
+    layer = nn.Linear(4, 4)
+    compile_layers([layer], CompileSettings(backend="aot_eager"), by_reference=False)
+    copied, x = plain_copy(layer), torch.randn(2, 4)
+    assert torch.equal(copied(x), layer(x))
+    with torch.no_grad():
+        copied.weight.zero_()
+    assert torch.equal(copied(x), copied.bias.expand(2, 4)) and not torch.equal(copied(x), layer(x))
 
 
 @pytest.mark.parametrize("last", [torch.tanh, nn.ReLU()], ids=["function", "module without weights"])

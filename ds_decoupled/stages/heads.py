@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from ds_decoupled.nn.heads import (
     copied_layers,
     shared_blocks,
 )
+from ds_decoupled.stages.compiled import plain_copy
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Form, Tensors, as_tuple
 
@@ -134,7 +134,7 @@ def _between(layer: Any) -> nn.Module:
     """A copy of a layer that need not have weights."""
     if isinstance(layer, LayerSpec):
         return _copy_of(layer, AUGLOCAL)
-    return copy.deepcopy(layer) if isinstance(layer, nn.Module) else _Function(layer)
+    return plain_copy(layer) if isinstance(layer, nn.Module) else _Function(layer)
 
 
 def _copy_of(layer: Any, name: Any) -> nn.Module:
@@ -142,6 +142,6 @@ def _copy_of(layer: Any, name: Any) -> nn.Module:
         built: nn.Module = layer.build()
         return built
     if isinstance(layer, nn.Module) and next(layer.parameters(), None) is not None:
-        return copy.deepcopy(layer)
+        return plain_copy(layer)
     raise ConfigError("decoupled.head", name, f"{layer!r:.60}, among the layers that it copies, has no weights of its own",
                       "Untie it, or take another head.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,15 @@ class Layers:
                     listener(layer, given, x)
         as_tuple(x)
         return x
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Within, ``listener`` is told of every layer that runs."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
 
     def keep_input(self, inputs: Tensors, micro_batch: int) -> Tensors:
         """:meth:`__call__`, leaving ``inputs`` as they are even if the first layer works in place.

@@ -289,11 +289,8 @@ class Stage:
     @contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
         """Within, :meth:`plain_forward` tells ``listener`` of every layer that runs."""
-        self._all.listeners.append(listener)
-        try:
+        with self._all.listening(listener):
             yield
-        finally:
-            self._all.listeners.remove(listener)
 
     @property
     def buffers(self) -> Buffers:

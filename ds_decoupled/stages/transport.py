@@ -72,8 +72,5 @@ class Transport:
         def listen(layer: Any, given: Any, made: Any) -> None:
             parts.extend(r.float().square().mean() * self.factor for r in added(layer, given, made))
 
-        layers.listeners.append(listen)
-        try:
+        with layers.listening(listen):
             yield parts
-        finally:
-            layers.listeners.remove(listen)
