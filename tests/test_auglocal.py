@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tiny_lm
 import torch
-from test_local import CNN, GPT, case_of, compare
+import worlds
+from test_local import CNN, GPT, case_of, compare, measured_weights
 from torch import Tensor, nn
 
 from ds_decoupled.config import CompileSettings
@@ -183,6 +184,13 @@ def test_training(ranks: int) -> None:
     """Heads are the same wherever their stages are, and learn by the definition."""
     compare(case_of({**CNN, "k": 2}, 1, head="auglocal:2"), ranks)
     compare(case_of(GPT, 2, head="auglocal"), ranks)
+
+
+def test_measured_partition() -> None:
+    """``"partition": "profile"`` times them where they will stand: the lowest one is the longest."""
+    case = {**case_of(CNN, 1, head="auglocal:9", partition="profile"), "stages": [0, 1, 7]}
+    seconds = worlds.run(1, measured_weights, case)[0]
+    assert len(seconds) == 7 and seconds[0] > max(seconds[1:])
 
 
 def test_resume(tmp_path: Path) -> None:
