@@ -179,11 +179,10 @@ def test_depth_falls_evenly() -> None:
 # -- training -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_training(ranks: int) -> None:
+@pytest.mark.parametrize("base, window, ranks", [(CNN, 1, 1), (CNN, 1, 2), (GPT, 2, 2)], ids=["cnn-1", "cnn-2", "gpt-2"])
+def test_training(base: dict[str, Any], window: int, ranks: int) -> None:
     """Heads are the same wherever their stages are, and learn by the definition."""
-    compare(case_of({**CNN, "k": 2}, 1, head="auglocal:2"), ranks)
-    compare(case_of(GPT, 2, head="auglocal"), ranks)
+    compare(case_of({**base, "k": 2}, window, head="auglocal:2"), ranks)
 
 
 def test_measured_partition() -> None:
@@ -201,15 +200,11 @@ def test_resume(tmp_path: Path) -> None:
     check({**case, "stop": 3, "net_args": {"dropout": 0.1}}, tmp_path, 2, 3)
 
 
-@pytest.mark.parametrize("window, losses", [(1, "sum"), (2, "sum"), (3, "farthest")])
-@pytest.mark.parametrize("base", [CNN, GPT], ids=["cnn", "gpt"])
-def test_transport(base: dict[str, Any], window: int, losses: str) -> None:
+@pytest.mark.parametrize("base, window, losses, ranks", [
+    (CNN, 1, "sum", 1), (CNN, 2, "sum", 2), (CNN, 3, "farthest", 1), (GPT, 2, "sum", 2)])
+def test_transport(base: dict[str, Any], window: int, losses: str, ranks: int) -> None:
     """The penalty is part of the own loss of every stage, and goes where that goes."""
-    compare(case_of({**base, "k": 2}, window, losses=losses, transport=0.5), ranks_for(window))
-
-
-def ranks_for(window: int) -> int:
-    return 1 + window % 2
+    compare(case_of({**base, "k": 2}, window, losses=losses, transport=0.5), ranks)
 
 
 def test_what_layers_add() -> None:
