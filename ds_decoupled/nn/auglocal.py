@@ -10,8 +10,9 @@ stage and the classifier and d to pick::
 
 The paper builds a picked layer anew, for the channels that happen to come in, and halves the picture where channels
 double. That needs to know how a layer's width is written, so here a layer is the model's own, and what keeps the chain whole is
-another rule: **a layer that gives another shape than it takes is never left out**, and counts among the d. Nothing is
-projected, every weight is one that the model has, and any model will do: text of constant width has no such layer but its ends.
+another rule: **a layer that gives another shape than it takes is never left out**, and counts among the d (where there are more
+of them than d, the head has more). Nothing is projected, every weight is one that the model has, and any model will do: text of
+constant width has no such layer but its ends.
 
 Layers that only make sense together (attention, then its MLP) are picked together: a *unit* is the shortest run of kinds of
 layers that the model's upper part repeats.
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from ds_decoupled.errors import ConfigError
 
 AUGLOCAL = "auglocal"
-"""The head's name; ``auglocal:n`` for at most n layers before the model's last one."""
+"""The head's name; ``auglocal:n`` for n layers before the model's last one, more only where more change shapes."""
 
 DEPTH = 4
 """Layers that the lowest stage's head has before the model's last one, if not told otherwise."""
@@ -52,7 +53,7 @@ def auglocal_depth(name: object) -> int | None:
     kind, colon, count = name.partition(":")
     if kind != AUGLOCAL or colon and (not count.isdigit() or not int(count)):
         raise ConfigError("decoupled.head", name, f"heads of the model's own later layers are named {AUGLOCAL!r}, or "
-                          f"'{AUGLOCAL}:n' with at most n layers before the model's last one, n at least 1",
+                          f"'{AUGLOCAL}:n' with n layers before the model's last one, n at least 1",
                           f"For example '{AUGLOCAL}:2'; without layers in between it is 'last-layer'.")
     return int(count) if colon else DEPTH
 
