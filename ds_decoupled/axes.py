@@ -16,7 +16,8 @@ Gradient = Literal["global", "local"]
 Recover = Literal["graph", "input", "reconstruct"]
 Weights = Literal["current", "stashed", "predicted"]
 Update = Literal["flush", "delayed"]
-Input = Literal["stream"]
+Input = Literal["stream", "replay"]
+Pace = Literal["ticks", "clock", "free"]
 
 AXES: dict[str, tuple[str, ...]] = {
     "gradient": get_args(Gradient),
@@ -43,7 +44,7 @@ class Axes:
     input: Input
     hops: tuple[int, int]
     window: int = 0
-    pace: str = field(default="ticks", repr=False)
+    pace: Pace = field(default="ticks", repr=False)
 
     @property
     def flush(self) -> bool:
@@ -67,10 +68,12 @@ PRESETS: dict[str, Axes] = {
     "petra": Axes("global", "reconstruct", "current", "delayed", "stream", (1, 1)),
     "dgl": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=1),
     "overlapping": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=2),
+    "dgl_async": Axes("local", "graph", "current", "delayed", "replay", (0, 1), window=1, pace="free"),
 }
 
 
-def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None = None, window: int | None = None) -> Axes:
+def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None = None, window: int | None = None,
+            pace: Pace | None = None) -> Axes:
     """The preset ``method`` with a user's overrides.
 
     Args:
@@ -78,10 +81,12 @@ def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None
         chosen: values by axis; None leaves the preset's.
         hops: None leaves the preset's, or takes those of a flush.
         window: with local gradients; None leaves the preset's, or takes 1 where it has none.
+        pace: None takes the one that goes with the input: stages with a replay ring run free, others by ticks.
     """
     axes = replace(PRESETS[method], **{name: value for name, value in chosen.items() if value is not None})
     if hops is not None or axes.flush:
         axes = replace(axes, hops=hops or FLUSH_HOPS)
+    axes = replace(axes, pace=pace or ("free" if axes.input == "replay" else "ticks"))
     if axes.gradient != "local":
         return replace(axes, window=0)
     return replace(axes, window=window or axes.window or 1)

@@ -30,6 +30,7 @@ from ds_decoupled.runners import Runner
 from ds_decoupled.schedules import Placement
 from ds_decoupled.stages import LayerSeeds
 from ds_decoupled.stages.worker import Worker
+from ds_decoupled.tensors import on_device
 from ds_decoupled.watchers import Watcher
 
 _LOSS_FILE = "loss_fn-model_states.pt"
@@ -69,16 +70,18 @@ def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag
     replica = engine.mpu.get_data_parallel_rank()
     if engine.is_last_stage() and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
         torch.save(loss_fn.state_dict(), os.path.join(folder, _LOSS_FILE))
-    pending = parts.network.pending()
+    pending, run = parts.network.pending(), parts.runner.state_dict()
     for index, worker in parts.workers.items():
         messages = {kind: [(m.micro_batch, m.parts) for m in queues[index]] for kind, queues in pending.items()}
-        torch.save({**_owned(worker.state_dict()), "pending": _owned(messages)}, _stage_file(folder, index, replica))
+        ring = parts.network.rings.get(index)
+        torch.save({**_owned(worker.state_dict()), "pending": _owned(messages),
+                    "ring": None if ring is None else _owned(ring.state_dict())}, _stage_file(folder, index, replica))
     if engine.global_rank == 0:
         torch.save({"client_state": client_state, "stages": parts.placement.stages, "replicas": engine.dp_world_size,
                     "method": parts.method, "axes": asdict(parts.axes), "k": parts.runner.plan.k,
                     "stage_bounds": list(parts.placement.stage_bounds),
                     "global_steps": engine.global_steps, "global_samples": engine.global_samples,
-                    "seed": parts.seeds.base, "run": parts.runner.state_dict()},
+                    "seed": parts.seeds.base, "run": run},
                    os.path.join(folder, "decoupled_engine.pt"))
     dist.barrier()
     if save_latest and engine.global_rank == 0:
@@ -114,17 +117,21 @@ def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag
     _load_weights(engine, folder, strict)
     parts.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
+    rings: dict[int, Any] = {}
     replica = engine.mpu.get_data_parallel_rank()
     for index, worker in parts.workers.items():
         saved = torch.load(_stage_file(folder, index, replica), map_location="cpu", weights_only=False)
         # Records are made again by a forward pass, in the mode that it ran in.
         engine.module.train()
         worker.load_state_dict(saved, load_optimizer, load_lr_scheduler)
+        rings[index] = saved["ring"]
         for kind, messages in saved["pending"].items():
-            pending[kind][index] = [Message(m, _on(message, engine.device)) for m, message in messages]
+            pending[kind][index] = [Message(m, on_device(message, engine.device)) for m, message in messages]
     engine.global_steps, engine.global_samples = state["global_steps"], state["global_samples"]
     runner = parts.runner
     runner.load_state_dict(state["run"])
+    for index, ring in parts.network.rings.items():
+        ring.load_state_dict(rings[index])
     parts.network.restore(pending, runner.first, runner.sent_up())
     for watcher in parts.watchers:
         watcher.resumed(runner.next_micro_batch)
@@ -169,13 +176,6 @@ def _stateful_loss(engine: PipelineEngineBase) -> torch.nn.Module | None:
     """The pipeline module's ``loss_fn``, where it has parameters or buffers."""
     loss_fn = engine.module.loss_fn
     return loss_fn if isinstance(loss_fn, torch.nn.Module) and loss_fn.state_dict() else None
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    return tuple(_on(v, device) for v in value) if isinstance(value, tuple) else value
 
 
 def _owned(value: Any) -> Any:

@@ -25,8 +25,11 @@ from pydantic import (
     model_validator,
 )
 
-from ds_decoupled.axes import AXES, FLUSH_HOPS, PRESETS, Axes, Gradient, Input, Recover, Update, Weights, resolve
+from ds_decoupled.axes import AXES, FLUSH_HOPS, PRESETS, Axes, Gradient, Input, Pace, Recover, Update, Weights, resolve
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.schedules.asynchronous import OwnPace
+from ds_decoupled.schedules.replay import Replay
+from ds_decoupled.schedules.turns import Clock
 from ds_decoupled.settings import check_choice, read_json
 from ds_decoupled.settings.belongs import check_belongs
 from ds_decoupled.settings.blocks import STRICT, Words, read_model
@@ -160,6 +163,43 @@ class CodecSettings(BaseModel):
     backward: CodecName = "none"
 
 
+class ReplaySettings(BaseModel):
+    """The replay ring before every stage but the first, see :mod:`ds_decoupled.schedules.replay`.
+
+    Attributes:
+        size: M, the micro-batches that it holds.
+        cap: uses of one micro-batch at most, after which the stage idles; null for any number.
+        authors_ring: take the oldest of those with the fewest uses, as the published code does, not the newest.
+        memory: where it lies: with the layers (``device``), or in the ``host``'s memory.
+    """
+
+    model_config = STRICT
+
+    size: Annotated[int, Field(ge=1, le=MOST_QUEUE), Words(
+        f"a number of micro-batches, from 1 to {MOST_QUEUE}", "Leave it out for 10.")] = 10
+    cap: Annotated[int | None, Field(ge=1), Words(
+        "a number of uses, at least 1, or null for any number", "Leave it out for any number.")] = None
+    authors_ring: bool = False
+    memory: Literal["device", "host"] = "device"
+
+
+class ClockSettings(BaseModel):
+    """Who acts next on the virtual clock, see :mod:`ds_decoupled.schedules.turns`.
+
+    Attributes:
+        seed: of the draws.
+        durations: of a turn of each stage, in any unit (one per stage); null: turns are drawn by chance.
+        warm_start: stages act one after the other until the rings are full, before they go their own ways.
+    """
+
+    model_config = STRICT
+
+    seed: int = 0
+    durations: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None, Words(
+        "a duration for each stage, all above 0 and finite", "Leave it out to draw turns by chance.")] = None
+    warm_start: bool = True
+
+
 class DecoupledConfig(BaseModel):
     """The ``decoupled`` block; :func:`parse_block` reads it, and tells mistakes as :class:`ConfigError`.
 
@@ -171,6 +211,11 @@ class DecoupledConfig(BaseModel):
             ``"profile"`` (measured time), or the layer indices at which ranks begin and the last one ends.
         hops: ticks that a message takes from stage to stage, forward and backward.
         gradient, recover, weights, update, input: override one axis of the preset.
+        pace: where the order of actions comes from: a plan's ``ticks``, a virtual ``clock``, or ranks that run ``free``.
+        replay: the ring before each stage: an object of :class:`ReplaySettings`' attributes.
+        clock: an object of :class:`ClockSettings`' attributes.
+        slow_down: each stage made so many times slower (one factor per stage): by a longer duration or a rarer draw on the
+            clock, by sleep where ranks run free.
         window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
         losses: which of the window's losses a stage learns from: their ``"sum"`` or the ``"farthest"`` alone.
         head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own
@@ -210,6 +255,11 @@ class DecoupledConfig(BaseModel):
     weights: Weights | None = None
     update: Update | None = None
     input: Input | None = None
+    pace: Pace | None = None
+    replay: Annotated[ReplaySettings, Words('an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
+    clock: Annotated[ClockSettings, Words('an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
+    slow_down: Annotated[list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None, Words(
+        "a factor for each stage, none below 1 and all finite", "1 is for a stage that is as fast as it is.")] = None
     window: Annotated[int | None, Field(ge=1, le=MOST_STAGES), Words(
         "a number of stages, at least 1 and at most all of them", "1 is greedy, 2 is overlapping.")] = None
     losses: Literal["sum", "farthest"] = "sum"
@@ -245,7 +295,7 @@ class DecoupledConfig(BaseModel):
         """The axes, once; and every setting that was given has an effect there."""
         settings = {name: getattr(self, name) for name in DecoupledConfig.model_fields}
         hops = None if self.hops is None else (self.hops[0], self.hops[1])
-        self._axes = resolve(self.method, {name: settings[name] for name in AXES}, hops, self.window)
+        self._axes = resolve(self.method, {name: settings[name] for name in AXES}, hops, self.window, self.pace)
         given = {name: value for name, value in settings.items() if value != DecoupledConfig.model_fields[name].default}
         check_belongs(self._axes, given, settings)
         return self
@@ -257,6 +307,13 @@ class DecoupledConfig(BaseModel):
     def compile_settings(self) -> CompileSettings | None:
         """How layers are compiled; None where they are not."""
         return self.compile
+
+    def own_pace(self) -> OwnPace:
+        """How stages go at their own pace, where they do."""
+        ring, clock = self.replay, self.clock
+        return OwnPace(Replay(ring.size, ring.cap, ring.authors_ring),
+                       Clock(clock.seed, None if clock.durations is None else tuple(clock.durations),
+                             None if self.slow_down is None else tuple(self.slow_down), clock.warm_start))
 
     @property
     def is_plain_backprop(self) -> bool:

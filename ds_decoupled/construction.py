@@ -23,7 +23,6 @@ from ds_decoupled.feed import Feed
 from ds_decoupled.instructions import instruction_map
 from ds_decoupled.links import codecs_of
 from ds_decoupled.losses import Losses
-from ds_decoupled.network import Network
 from ds_decoupled.optim import (
     StageOptimizer,
     StageOptimizers,
@@ -66,7 +65,9 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self.optimizer = self.basic_optimizer = self._optimizers
         self._optimizers.find_out()
         self.feed = Feed(self.device, needs_labels=self.module.loss_fn is not None)
-        self.losses = Losses(self.device, self._replicas, lambda: self.module.get_additional_losses())
+        # Ranks that run free report what they have, and wait for no other's.
+        reported_by = None if self.axes.pace == "free" else self._replicas
+        self.losses = Losses(self.device, reported_by, lambda: self.module.get_additional_losses())
         self._make_workers()
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
 
@@ -87,9 +88,12 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               flush=axes.flush, split_backward=block.split_backward, window=axes.window,
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
                               farthest=block.losses == "farthest", family=axes.gradient)
-        self.network = Network(grid, self.placement, rank, self.device,
-                               partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward), block.timeout,
-                               self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base)
+        replay = block.own_pace().replay if axes.input == "replay" else None
+        self.network = RUNNERS[axes.pace].network_class(
+            grid, self.placement, rank, self.device,
+            partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward), block.timeout, self._queue(),
+            track=block.track_gradients > 0, seed=lambda: self.seeds.base, replay=replay,
+            memory=torch.device("cpu") if block.replay.memory == "host" else None)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid,
@@ -120,7 +124,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         fetch = lambda count: self.feed.fetch(self.data_iterator, self.batch_fn, count, self._replicas)  # noqa: E731
         self.runner = RUNNERS[self.axes.pace](
             self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
-            execute=self.run_schedule, fetch=fetch if self.is_first_stage() else None)
+            execute=self.run_schedule, fetch=fetch if self.is_first_stage() else None,
+            pace=block.own_pace())
         for index, stage in self.stages.items():
             stage.returns_input = index - 1 in self.plan.wants_output
         self.instruction_map = instruction_map(self.runner.act)

@@ -25,7 +25,7 @@ class Sends(Protocol):
     timeout: float
     failed: bool
 
-    def wait_until_taken(self, *channels: str, timeout: float | None = None) -> None: ...
+    def leave(self, timeout: float | None = None) -> None: ...
 
 
 _open: weakref.WeakSet[Sends] = weakref.WeakSet()
@@ -41,4 +41,4 @@ def _leave() -> None:
     crashed = getattr(sys, "last_value", None) is not None  # the interpreter sets it when it prints an uncaught exception
     for sends in list(_open):
         with contextlib.suppress(LinkError):
-            sends.wait_until_taken(timeout=min(sends.timeout, AFTER_FAILURE) if sends.failed or crashed else None)
+            sends.leave(timeout=min(sends.timeout, AFTER_FAILURE) if sends.failed or crashed else None)

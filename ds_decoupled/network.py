@@ -6,19 +6,24 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_decoupled.errors import LinkError, PeerError
+from ds_decoupled.errors import LinkError, PeerError, one_line
 from ds_decoupled.leaving import wait_at_exit
-from ds_decoupled.links import Codecs, LocalLink, Message, RemoteReceiver, RemoteSender, buffer_device
+from ds_decoupled.links import Codecs, LocalLink, Message, RemoteReceiver, RemoteSender, ReplayRing, buffer_device
 from ds_decoupled.schedules import Action, Placement, Slot
+from ds_decoupled.schedules.replay import Replay
 
 #: One process group a channel, so that no message waits behind one that goes the other way; evaluation has its own, so
 #: that it may come at any time.
 _CHANNELS = ("forward", "backward", "evaluation", "exact forward", "exact backward")
+
+#: Of these, what training goes by.
+TRAINING = _CHANNELS[:2]
 
 #: Messages on their way into a stage, in a checkpoint, and the direction that they come from.
 _KINDS = {"activations": "forward", "gradients": "backward"}
@@ -30,12 +35,12 @@ _AHEAD = 8
 _HEARD = 1.0
 
 
-def _make_groups(grid: Any, track: bool) -> dict[str, Any]:
+def _make_groups(grid: Any, track: bool, backend: str | None) -> dict[str, Any]:
     """This rank's process group of every channel; every rank makes all groups, in the same order."""
     own = {}
     for ranks in grid.pipe_groups:
         for direction in _CHANNELS if track else _CHANNELS[:3]:
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, backend=backend)
             if grid.global_rank in ranks:
                 own[direction] = group
     return own
@@ -53,13 +58,12 @@ def _open(group: Any, before: int | None, after: int | None, sends_first: bool, 
         dist.send(number, after, group=group)
 
 
+@dataclass(frozen=True)
 class Channel:
     """One direction of messages along the pipe: from the neighbour before, to the neighbour after (either may be missing)."""
 
-    def __init__(self, group: Any, before: int | None, after: int | None, device: torch.device, codecs: Codecs,
-                 timeout: float, queue: int | None = None, seed: Callable[[], tuple[int, ...]] = tuple) -> None:
-        self.receiver = None if before is None else RemoteReceiver(before, group, device, codecs, timeout)
-        self.sender = None if after is None else RemoteSender(after, group, device, codecs, timeout, queue, seed)
+    receiver: RemoteReceiver | None = None
+    sender: RemoteSender | None = None
 
 
 class Network:
@@ -75,39 +79,58 @@ class Network:
         track: whether the gradient tracker's channels are needed.
         queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
         seed: of what codecs draw by chance.
+        replay: how stages replay their input; None where it streams.
+        memory: where replay rings keep messages; by default on ``device``.
 
     Attributes:
         channels: by name, see ``_CHANNELS``.
         failed: whether this rank or another has failed.
+        rings: the replay rings before stages here, by stage.
+        replicas: the group of data-parallel replicas; None for one.
     """
+
+    #: Of the channels' process groups; None for the default's.
+    backend: str | None = None
 
     def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device,
                  codecs: Callable[[str], Codecs], timeout: float, queue: int, track: bool = False,
-                 seed: Callable[[], int] = int) -> None:
-        self.placement, self.rank, self.timeout = placement, rank, timeout
+                 seed: Callable[[], int] = int, replay: Replay | None = None, memory: torch.device | None = None) -> None:
+        self.placement, self.rank, self.timeout, self.device = placement, rank, timeout, device
+        self.replicas = grid.get_data_parallel_group() if grid.get_data_parallel_world_size() > 1 else None
         stages = placement.stages_of(rank)
         self.bottom, self.top = stages[0], stages[-1]
         # Link s joins stages s and s+1. At the ends of the rank a queue holds what waits to be sent, or has come and waits.
-        self._links = {(direction, link): LocalLink() for direction in ("forward", "backward")
+        self._links: dict[tuple[str, int], LocalLink] = {(direction, link): LocalLink() for direction in ("forward", "backward")
                        for link in range(self.bottom - 1, self.top + 1)}
+        self.rings = {} if replay is None else {
+            stage: self._make_ring(stage, replay, memory or device) for stage in stages if stage > 0}
+        self._links.update({("forward", stage - 1): ring for stage, ring in self.rings.items()})
         self._batches = LocalLink()
         below = grid.stage_to_global(rank - 1) if rank > 0 else None
         above = grid.stage_to_global(rank + 1) if rank < placement.ranks - 1 else None
         self.channels: dict[str, Channel] = {}
         if placement.ranks > 1:
-            for name, group in _make_groups(grid, track).items():
+            for name, group in _make_groups(grid, track, self.backend).items():
                 ends = (above, below) if "backward" in name else (below, above)
                 # Replicas and links draw apart.
-                self.channels[name] = Channel(group, *ends, device, codecs(name), timeout,
-                                              queue if name in ("forward", "backward") else _AHEAD,
-                                              lambda: (seed(), grid.global_rank))
+                self.channels[name] = self._make_channel(name, group, *ends, codecs(name), queue,
+                                                         lambda: (seed(), grid.global_rank))
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))
         else:
-            self.channels = {name: Channel(None, None, None, device, (), timeout) for name in _CHANNELS}
+            self.channels = {name: Channel() for name in _CHANNELS}
         self._forward, self._backward = self.channels["forward"], self.channels["backward"]
         self.failed = False
         self.start_run(0)
         wait_at_exit(self)
+
+    def _make_ring(self, stage: int, replay: Replay, memory: torch.device) -> ReplayRing:
+        return ReplayRing(replay, memory, self.device)
+
+    def _make_channel(self, name: str, group: Any, before: int | None, after: int | None, codecs: Codecs, queue: int,
+                      seed: Callable[[], tuple[int, ...]]) -> Channel:
+        room = queue if name in TRAINING else _AHEAD
+        return Channel(None if before is None else RemoteReceiver(before, group, self.device, codecs, self.timeout),
+                       None if after is None else RemoteSender(after, group, self.device, codecs, self.timeout, room, seed))
 
     def queues(self, stage: int) -> dict[Slot, LocalLink]:
         """The queues of a stage here. No message leaves the model at its ends."""
@@ -179,6 +202,11 @@ class Network:
             self._links[slot.travels, slot.link(stage)].send(message)
         return None if receiver.end is None else (receiver.end, data_failed(receiver))
 
+    def leave(self, timeout: float | None = None) -> None:
+        """This process ends, and takes what it sent with it: wait until all of it has been taken, as in
+        :meth:`wait_until_taken`."""
+        self.wait_until_taken(timeout=timeout)
+
     def wait_until_taken(self, *channels: str, timeout: float | None = None) -> None:
         """Wait until all that was sent (on these channels; by default on all) has been taken.
 
@@ -214,13 +242,39 @@ class Network:
         return (f"stage {stage} (pipe rank {self.rank}) was waiting for {what} of micro-batch {micro_batch} "
                 f"from stage {source} (pipe rank {ranks[source]})")
 
+    def agree(self, number: int, error: Exception | None) -> Exception | None:
+        """Before a call begins: rank 0 says whether its data go on, and every rank knows. A call of all ranks.
+
+        Args:
+            number: of the next micro-batch.
+            error: why it will not come, on rank 0; None elsewhere.
+
+        Returns:
+            Rank 0's error; on other ranks StopIteration for a StopIteration, else a :class:`PeerError` that says the same.
+        """
+        channel = self.channels["evaluation"]
+        if channel.receiver is not None:
+            channel.receiver.start()
+            channel.receiver.expect([number])
+            told = channel.receiver.recv(number, self.waiting(self.bottom, 0, "word", number))
+            error = None if told is not None else data_failed(channel.receiver) or StopIteration()
+        if channel.sender is not None:
+            if error is None:
+                channel.sender.send(Message(number, (torch.zeros(1),)))
+            else:
+                reason = error.reason if isinstance(error, PeerError) else one_line(error)
+                channel.sender.send_end(number, None if isinstance(error, StopIteration) else reason)
+        return error
+
     # -- counters and checkpoints -----------------------------------------------------------------------------------
 
-    def report(self) -> dict[str, Any]:
-        """What training has sent to other ranks (bytes, messages), and :meth:`held`."""
+    def report(self, k: int) -> dict[str, Any]:
+        """What training has sent to other ranks (bytes, messages), :meth:`held`, and the replay rings by stage; ``k``:
+        messages of an update."""
         senders = [channel.sender for channel in (self._forward, self._backward) if channel.sender is not None]
         return {"bytes": sum(sender.bytes_sent for sender in senders),
-                "messages": sum(sender.messages_sent for sender in senders), "held": self.held()}
+                "messages": sum(sender.messages_sent for sender in senders), "held": self.held(),
+                "rings": {stage: ring.report(k) for stage, ring in self.rings.items()}}
 
     def queued(self) -> Iterator[Message]:
         """Messages that wait between stages here, or to be sent."""

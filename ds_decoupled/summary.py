@@ -23,7 +23,7 @@ def summarize(method: str, plan: Plan, hops: tuple[int, int], flush: bool, worke
         workers, network, watchers: of this rank.
         bytes_beside: sent by others than the links.
     """
-    parts = gather({"workers": {s: worker.report() for s, worker in workers.items()}, "network": network.report(),
+    parts = gather({"workers": {s: worker.report() for s, worker in workers.items()}, "network": network.report(plan.k),
                     "beside": bytes_beside, "watchers": [watcher.report() for watcher in watchers]})
     by_stage = dict(sorted(item for part in parts for item in part["workers"].items()))
     summary = {
@@ -35,6 +35,8 @@ def summarize(method: str, plan: Plan, hops: tuple[int, int], flush: bool, worke
         "bytes_sent": sum(part["network"]["bytes"] + part["beside"] for part in parts),
         "messages_sent": sum(part["network"]["messages"] for part in parts),
         **_layout(plan.placement), "gradient_tracker": []}
+    if rings := {s: report for part in parts for s, report in part["network"]["rings"].items()}:
+        summary["replay"] = [rings[s] for s in sorted(rings)]
     for watcher, reports in zip(watchers, zip(*(part["watchers"] for part in parts))):
         summary.update(watcher.merge(list(reports)))
     return summary

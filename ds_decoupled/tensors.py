@@ -57,6 +57,13 @@ def to_device(tensors: Tensors, device: torch.device) -> Tensors:
     return map_tensors(lambda t: t.to(device, non_blocking=True), tensors)
 
 
+def on_device(value: Any, device: torch.device) -> Any:
+    """``value`` (a message's part, or a tuple of parts) with its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return tuple(on_device(v, device) for v in value) if isinstance(value, tuple) else value
+
+
 def nbytes(tensors: Tensors) -> int:
     """Bytes of the values."""
     return sum(t.numel() * t.element_size() for t in as_tuple(tensors))

@@ -9,6 +9,7 @@
     python recipes/benchmark.py precision             the same for a reversible GPT, against its depth
     python recipes/benchmark.py heads                 what heads of stage-local losses cost
     python recipes/benchmark.py long --updates 5000   what a rank holds over thousands of updates: all of it should be flat
+    python recipes/benchmark.py pace --model resnet18 what a slow rank costs the fast one
 
 On CPU, with one core and one thread a rank. All worlds of one k are alive at once and take turns, round by round, so that
 noise of the machine hits all alike; ratios are taken within a round, and medians over the rounds. Timings leave out
@@ -35,6 +36,7 @@ from bench.heads import heads
 from bench.long import long
 from bench.memory import memory
 from bench.models import GPTS, NAMES, Model, make_model
+from bench.pace import PACE_METHODS, pace
 from bench.plan import METHODS
 from bench.precision import DEPTHS, precision
 from bench.reconstruction import reconstruction
@@ -49,7 +51,7 @@ from run.worlds import import_once
 
 DEFAULTS: dict[str, Any] = {
     "model": "revnet18", "width": None, "blocks": None, "image_size": 22, "k": [1, 4, 16], "ranks": [1, 2], "repeats": 7,
-    "calls": 1, "updates": 5000,
+    "updates": 5000,
 }
 QUICK = {"width": 8, "image_size": 8, "length": 8, "micro_batch": 4, "repeats": 2, "k": [1, 4], "updates": 20}
 SIZES = ("model", "width", "blocks", "image_size", "length", "micro_batch")
@@ -57,7 +59,7 @@ FIGURES = {
     "speed": (*SIZES, "k", "ranks", "methods", "repeats", "calls"), "memory": (*SIZES, "k"),
     "depth": ("length", "micro_batch", "width"), "reconstruction": ("width", "image_size", "micro_batch"),
     "precision": ("length", "micro_batch", "width"), "heads": ("model", "width", "image_size", "micro_batch"),
-    "long": ("updates", "methods", "ranks"),
+    "long": ("updates", "methods", "ranks"), "pace": (*SIZES, "methods", "repeats", "calls"),
 }
 """Which options each figure takes."""
 OF_IMAGES, OF_TEXT = ("image_size",), ("blocks", "length")
@@ -115,8 +117,10 @@ def _refuse_unused(args: argparse.Namespace) -> None:
 def _fill_in(args: argparse.Namespace) -> None:
     small = args.figure in ("depth", "precision")
     model = args.model or DEFAULTS["model"]
-    methods = list(PRESETS) if args.figure == "long" else [name for name, method in METHODS.items() if not method.extra]
+    usual = [name for name, method in METHODS.items() if not method.extra]
+    methods = {"long": list(PRESETS), "pace": list(PACE_METHODS)}.get(args.figure, usual)
     defaults = DEFAULTS | {"methods": methods, "micro_batch": 2 if small else 8 if model in GPTS else 32,
+                           "calls": 20 if args.figure == "pace" else 1,
                            "length": {"depth": 32, "precision": 64}.get(args.figure, 128)} | (QUICK if args.quick else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -169,6 +173,9 @@ def figure(args: argparse.Namespace, model: Model, output: Path) -> tuple[str, s
     if args.figure == "long":
         text, found = long(args.methods, args.ranks, args.updates)
         return text, f"{args.updates} updates of one micro-batch of 2; numbers of all ranks, by rank", found
+    if args.figure == "pace":
+        text, found = pace(model, args.methods, args.repeats, args.calls)
+        return text, f"{model.describe()}, P = 2, k = 1; medians of {args.repeats} rounds of {args.calls} calls", found
     width = args.width or 64
     if args.figure == "precision":
         text, found = precision(args.micro_batch, args.length, width, (1, 2) if args.quick else DEPTHS)

@@ -30,8 +30,9 @@ from ds_decoupled.threads import usable_cores
 from run.options import COUNT, SEEDS, number, refuse_beyond_memory, refuse_unused, whole
 from run.places import check_file, check_picture
 from run.tables import environment, headline
+from studies.one_run import train_alone
 from studies.report import draw, tables
-from studies.results import Results, execute
+from studies.results import Kind, Results
 from studies.settings import OPTIMIZERS, Setting, Study
 
 SIZES = {
@@ -44,6 +45,10 @@ SIZES = {
 GRID = {"stages": [2, 4, 8], "hops": ["0,1"], "lr_by_delay": [0], "block": ["{}"]}
 """What the grid goes through, unless told otherwise; not every method knows each."""
 LEARNING_RATE = {"adamw": 1e-3, "muon": 1e-3, "nadam": 1e-3, "soap": 3e-3}
+
+
+DELAYS = Kind("delay study", Study, lambda held: Setting(**{**held, "hops": tuple(held["hops"])}), train_alone,
+              "validation_loss", lambda run: f"{run['validation_loss']:.3f} nats")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -132,15 +137,14 @@ def main(arguments: list[str] | None = None) -> None:
     cores = usable_cores()
     try:
         wanted = settings_of(args)
-        results = Results(args.output, study)
+        results = Results(args.output, study, DELAYS)
         for setting in wanted:
             parse_block(setting.config(study))  # also refuses numbers of stages that the model does not have
         check_study(args, study)
         missing = results.missing(wanted)
         if len(missing) < len(wanted):
             print(f"{args.output} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)
-        for setting, run in execute(missing, study, args.jobs, args.threads or max(1, cores // args.jobs)):
-            results.add(setting, run)
+        results.execute(missing, study.micro_batches, args.jobs, args.threads or max(1, cores // args.jobs))
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:

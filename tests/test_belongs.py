@@ -21,42 +21,47 @@ REPO = Path(__file__).parent.parent
 #: For each setting a value that is not its default, and what stands beside it.
 OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
-    "update": "flush", "input": "stream", "window": 3, "losses": "farthest", "head": "linear",
-    "head_refresh": 10, "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
+    "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
+    "clock": {"seed": 1}, "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
+    "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
     "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "split_backward": True, "compile": True, "lr_by_delay": 10, "track_gradients": 2,
     "timeout": 60,
 }
-BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}}
+BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"}}
 
 #: x: refused. Of the axes, the value of OTHER, where the preset has another.
 TABLE = """
-                  backprop reversible pipedream delayed dsp petra dgl overlapping
-stages               .         .          .        .     .    .    .       .
-partition            .         .          .        .     .    .    .       .
-hops                 x         x          .        .     .    .    .       .
-gradient             x         x          x        .     x    x    .       .
-recover              .         .          .        .     .    .    x       x
-weights              x         x          .        .     .    .    x       x
-update               .         .          x        .     .    .    x       x
-input                .         .          .        .     .    .    .       .
-window               x         x          x        x     x    x    .       .
-losses               x         x          x        x     x    x    .       .
-head                 x         x          x        x     x    x    .       .
-head_refresh         x         x          x        x     x    x    .       .
-transport            x         x          x        x     x    x    .       .
-ensemble             x         x          x        x     x    x    .       .
-input_shape          x         x          x        x     x    x    .       .
-queue                x         x          x        x     x    x    .       x
-stage_lr             x         .          .        .     .    .    .       .
-stage_schedulers     x         .          .        .     .    .    .       .
-stop_after           x         x          x        x     x    x    .       .
-codec                x         .          .        .     .    .    .       .
-split_backward       x         .          .        .     .    .    x       x
-compile              x         .          .        .     .    .    .       .
-lr_by_delay          x         x          .        .     .    .    x       .
-track_gradients      x         .          .        .     .    .    .       .
-timeout              x         .          .        .     .    .    .       .
+                  backprop reversible pipedream delayed dsp petra dgl overlapping dgl_async
+stages               .         .          .        .     .    .    .       .           .
+partition            .         .          .        .     .    .    .       .           .
+hops                 x         x          .        .     .    .    .       .           x
+gradient             x         x          x        .     x    x    .       .           .
+recover              .         .          .        .     .    .    x       x           x
+weights              x         x          .        .     .    .    x       x           x
+update               .         .          x        .     .    .    x       x           x
+input                x         x          x        x     x    x    .       x           .
+pace                 x         x          x        x     x    x    x       x           .
+replay               x         x          x        x     x    x    x       x           .
+clock                x         x          x        x     x    x    x       x           .
+slow_down            x         x          x        x     x    x    x       x           .
+window               x         x          x        x     x    x    .       .           x
+losses               x         x          x        x     x    x    .       .           .
+head                 x         x          x        x     x    x    .       .           .
+head_refresh         x         x          x        x     x    x    .       .           x
+transport            x         x          x        x     x    x    .       .           .
+ensemble             x         x          x        x     x    x    .       .           .
+input_shape          x         x          x        x     x    x    .       .           .
+queue                x         x          x        x     x    x    .       x           .
+stage_lr             x         .          .        .     .    .    .       .           .
+stage_schedulers     x         .          .        .     .    .    .       .           .
+stop_after           x         x          x        x     x    x    .       .           .
+codec                x         .          .        .     .    .    .       .           .
+split_backward       x         .          .        .     .    .    x       x           x
+compile              x         .          .        .     .    .    .       .           .
+lr_by_delay          x         x          .        .     .    .    x       .           x
+track_gradients      x         .          .        .     .    .    .       .           x
+timeout              x         .          .        .     .    .    .       .           .
 """
 
 
@@ -93,7 +98,7 @@ def test_what_has_no_effect_is_refused(method: str) -> None:
         assert named == setting or named in BESIDE.get(setting, {}) or setting in AXES and named in AXES, str(error)
         _, shown, allowed, hint = error.fields
         axis = re.match(r'with "(\w+)": (".*?"|\d+) ', allowed)
-        assert axis is not None and axis[1] in (*AXES, "window") and "it belongs to " in allowed and hint, allowed
+        assert axis is not None and axis[1] in (*AXES, "window", "pace") and "it belongs to " in allowed and hint, allowed
         against = getattr(PRESETS[method], axis[1]) if setting not in AXES else OTHER.get(axis[1])
         assert json.loads(axis[2]) == against or setting in AXES, (method, str(error))
         assert shown == value or setting in AXES or setting in BESIDE
@@ -130,6 +135,17 @@ def test_what_is_the_default_is_taken_everywhere() -> None:
     ({"method": "petra", "compile": True, "split_backward": True}, "compile", '"split_backward": true'),
     ({"method": "pipedream", "weights": "predicted"}, "weights", '"recover": "graph"'),
     ({"method": "pipedream", "weights": "current"}, None, ""),
+    ({"method": "dgl", "input": "replay", "window": 2}, "window", '"input": "replay"'),
+    ({"method": "dgl_async", "window": 2}, "window", '"input": "replay"'),
+    ({"method": "overlapping", "input": "replay"}, "input", '"window": 2'),
+    ({"method": "petra", "input": "replay"}, "input", '"gradient": "global"'),
+    ({"method": "dgl_async", "pace": "ticks"}, "input", '"pace": "ticks"'),
+    ({"method": "dgl_async", "pace": "clock", "head": "shared"}, None, ""),
+    ({"method": "dgl_async", "head": "shared"}, "head", '"pace": "free"'),
+    ({"method": "dgl_async", "clock": {"seed": 3}}, "clock", '"pace": "free"'),
+    ({"method": "dgl", "pace": "free"}, "pace", '"input": "stream"'),
+    ({"method": "dgl", "replay": {"cap": 2}}, "replay", '"input": "stream"'),
+    ({"method": "dgl_async", "input": "stream", "replay": {"cap": 2}}, "replay", '"input": "stream"'),
     ({"method": "petra", "update": "flush", "weights": "predicted"}, "weights", '"update": "flush"'),
 ])
 def test_overrides(block: dict[str, Any], setting: str | None, words: str) -> None:
@@ -148,13 +164,15 @@ def test_a_systems_own_settings_would_be_a_row() -> None:
 
 
 #: Told by the axes alone.
-POINT = {"method", *AXES, "hops", "window"}
+POINT = {"method", *AXES, "hops", "window", "pace"}
 
 
 def test_what_is_taken_is_read() -> None:
     """Where a setting is taken, something that builds, trains or evaluates looks at it."""
     cases = [{"method": method, "stages": "blocks", "batches": 2,
-              "block": {"head": "shared", "ensemble": True} if PRESETS[method].window else {}} for method in PRESETS]
+              "block": {**({"ensemble": True} if axes.window else {}),
+                        **({"head": "shared"} if axes.window and axes.pace == "ticks" else {})}}
+             for method, axes in PRESETS.items()]
     ranks = worlds.run(2, settings_cases.all_settings_read, cases)
     for i, case in enumerate(cases):
         read = set.union(*(rank[i] for rank in ranks)) | POINT
@@ -169,7 +187,7 @@ def test_what_is_taken_is_read() -> None:
 def documented() -> dict[str, tuple[str, str]]:
     """By setting: the file that documents it, and where that says it belongs."""
     found: dict[str, tuple[str, str]] = {}
-    for path in (REPO / "README.md", REPO / "docs" / "local_losses.md"):
+    for path in (REPO / "README.md", REPO / "docs" / "local_losses.md", REPO / "docs" / "replay.md"):
         column = None
         for line in path.read_text().splitlines():
             cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []

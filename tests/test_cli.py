@@ -168,6 +168,12 @@ def test_picture(config: Any, tmp_path: Path, ending: str) -> None:
     assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
 
 
+@pytest.mark.parametrize("pace", ["free", "clock"])
+def test_what_goes_by_no_plan(config: Any, pace: str) -> None:
+    result = run("plan", config(decoupled("dgl_async", stages=4, pace=pace)))
+    assert result.exit_code == 2 and f'"decoupled.pace": \'{pace}\'' in result.stderr and "no plan" in result.stderr
+
+
 def test_methods() -> None:
     result = run("methods")
     assert result.exit_code == 0
@@ -181,6 +187,7 @@ dsp          global    input        current  delayed  stream  (1, 1)
 petra        global    reconstruct  current  delayed  stream  (1, 1)
 dgl          local     graph        current  delayed  stream  (0, 1)
 overlapping  local     graph        current  delayed  stream  (0, 1)
+dgl_async    local     graph        current  delayed  replay  (0, 1)
 """
 
 

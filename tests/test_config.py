@@ -31,12 +31,14 @@ def test_presets() -> None:
         petra       global  reconstruct  current  delayed  stream  1,1  0
         dgl         local   graph        current  delayed  stream  0,1  1
         overlapping local   graph        current  delayed  stream  0,1  2
+        dgl_async   local   graph        current  delayed  replay  0,1  1
     """
     rows = [line.split() for line in table.strip().splitlines()]
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), "ticks")
+        pace = "free" if name == "dgl_async" else "ticks"
+        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace)
 
 
 def test_defaults() -> None:

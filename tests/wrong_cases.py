@@ -225,6 +225,12 @@ DECOUPLED += [
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "dgl", f"decoupled.{name}": value}) for name, value in (
         ("window", 0), ("window", 10**9), ("window", 8), ("head", "mpl"), ("input_shape", []), ("input_shape", [0, 8, 8]),
         ("input_shape", [10**9, 10**9]), ("input_shape", [-2, 8, 8]), ("stop_after", [1]), ("head_refresh", 0))],
+    *[Wrong(f"decoupled.{name}", {"decoupled.method": "dgl_async", f"decoupled.{name}": value}) for name, value in (
+        ("pace", "fast"), ("replay", 5), ("replay.size", 0), ("replay.size", 10**9), ("replay.cap", 0), ("replay.M", 3),
+        ("replay.memory", "disk"), ("slow_down", [0.5] * 7), ("slow_down", [1.0]), ("slow_down", [INF] * 7))],
+    *[Wrong(f"decoupled.clock.{name}", {"decoupled.method": "dgl_async", "decoupled.pace": "clock",
+                                        f"decoupled.clock.{name}": value})
+      for name, value in (("seed", "x"), ("durations", [1.0]), ("durations", [0.0] * 7), ("warm_start", 1))],
     *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
         ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
     *[Wrong(f"decoupled.codec.{name}", {f"decoupled.codec.{name}": value}) for name, value in (
@@ -237,6 +243,8 @@ WITHOUT_EFFECT = [
         ("queue", 4), ("input_shape", [2, 8, 8]), ("head", "mlp"), ("stop_after", [None] * 7))],
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "overlapping", f"decoupled.{name}": value}) for name, value in (
         ("queue", 4), ("recover", "input"), ("split_backward", True), ("head_refresh", 10))],
+    *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
+        ("input", "replay"), ("pace", "free"), ("replay", {"cap": 2}), ("clock", {"seed": 1}), ("slow_down", [2.0] * 7))],
     *[Wrong(f"decoupled.{name}", {"decoupled": {"method": "backprop", name: value}}) for name, value in (
         ("stage_lr", [1.0] * 7), ("stage_schedulers", [None] * 7), ("track_gradients", 4), ("codec", "bf16"),
         ("split_backward", True), ("timeout", 60), ("queue", 4), ("compile", True), ("lr_by_delay", 4))],

@@ -55,6 +55,11 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
     if axes.flush and shape.micro_batches not in (None, shape.k):
         raise ConfigError("--micro-batches", shape.micro_batches, f'with "update": "flush" a run is one batch of k = '
                           f"{shape.k} micro-batches", "Set gradient_accumulation_steps in the file.")
+    if axes.pace != "ticks":
+        raise ConfigError("decoupled.pace", axes.pace, "there is no plan to print: who acts next is only known when it acts"
+                          if axes.pace == "free" else "there is no plan to print: stages go by a virtual clock, not by ticks",
+                          'Take a method with "input": "stream", such as "dgl"; engine.decoupled_summary()["replay"] tells how '
+                          "a run went.")
     plan = Plan.make(Placement.of(shape.stages, shape.ranks), hops=axes.hops, k=shape.k, recover=axes.recover,
                      flush=axes.flush, split_backward=config.split_backward, window=axes.window,
                      farthest=config.losses == "farthest")

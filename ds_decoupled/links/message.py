@@ -46,6 +46,12 @@ class Message:
     micro_batch: int
     parts: tuple[Any, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        tensors = (t for part in self.parts for t in (part if isinstance(part, tuple) else (part,)) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
 
 _AS_IT_IS = Codec()
 

@@ -98,11 +98,14 @@ class RemoteSender:
 
     def _isend(self, buffer: Tensor) -> None:
         try:
-            self.under_way.add(dist.isend(buffer, self.peer, group=self.group), buffer)
+            self.under_way.add(self._start(buffer), buffer)
         except RuntimeError as error:
             raise LinkError(f"a message to rank {self.peer} could not be sent: that rank is gone "
                             f"({first_line(error)})") from error
         self.bytes_sent += buffer.numel()
+
+    def _start(self, buffer: Tensor) -> Any:
+        return dist.isend(buffer, self.peer, group=self.group)
 
 
 class RemoteReceiver:
@@ -141,7 +144,10 @@ class RemoteReceiver:
     def _post(self) -> None:
         if self._posted is None and self._expected:
             buffer = _new_buffer(self._size, self.buffer_device, self.device)
-            self._posted = (dist.irecv(buffer, self.peer, group=self.group), buffer)
+            self._posted = (self._start(buffer), buffer)
+
+    def _start(self, buffer: Tensor) -> Any:
+        return dist.irecv(buffer, self.peer, group=self.group)
 
     def recv(self, micro_batch: int, what: str) -> Message | None:
         """The message of ``micro_batch``, or None if the data ended before it.

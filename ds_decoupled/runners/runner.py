@@ -14,12 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.feed import MicroBatch
 from ds_decoupled.network import Network
 from ds_decoupled.schedules import Action, Plan
+from ds_decoupled.schedules.asynchronous import OwnPace
 from ds_decoupled.stages.worker import Worker
 from ds_decoupled.watchers.watcher import Watcher
 
@@ -59,17 +60,22 @@ class Runner(ABC):
         flush: whether every call ends with an empty pipeline.
         execute: runs a ``PipeSchedule``: DeepSpeed's own loop over instructions, which calls :meth:`act`.
         fetch: on ranks that read data; None elsewhere.
+        pace: how stages go at their own, where the pace is not ``ticks``.
 
     Attributes:
         first: the run's first micro-batch over the whole training. A run lasts from the start, or from a drain, to the next.
         end: where the data of this run ended, once that is known.
+        network_class: the links that it works with.
     """
 
+    network_class: ClassVar[type[Network]] = Network
+
     def __init__(self, plan: Plan, rank: int, *, workers: Mapping[int, Worker], network: Network,
-                 watchers: Sequence[Watcher], flush: bool, execute: Callable[[Any], None], fetch: Fetch | None) -> None:
+                 watchers: Sequence[Watcher], flush: bool, execute: Callable[[Any], None], fetch: Fetch | None,
+                 pace: OwnPace) -> None:
         self.plan, self.rank, self.flush = plan, rank, flush
         self.workers, self.network, self.watchers = workers, network, watchers
-        self.execute, self.fetch = execute, fetch
+        self.execute, self.fetch, self.pace = execute, fetch, pace
         self.first = 0
         self.end: DataEnd | None = None
 

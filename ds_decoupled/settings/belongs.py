@@ -63,6 +63,9 @@ LOCAL = axis("gradient", "local")
 #: What stages with losses of their own cannot have, all others can.
 GLOBAL = Need("gradient", lambda gradient: gradient != "local", '"gradient": "global"')
 DELAYED = axis("update", "delayed")
+REPLAY = axis("input", "replay")
+STREAM = axis("input", "stream")
+OWN_PACE = axis("pace", "clock", "free")
 ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
 TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
@@ -99,6 +102,7 @@ class Row:
 
 #: What to do, and why not, of several rows.
 LEAVE_LOCAL = 'Take "method": "dgl" or "overlapping", or leave it out.'
+LEAVE_REPLAY = 'Leave it out, or take "method": "dgl_async".'
 LEAVE_BACKPROP = 'Leave it out, or take another method.'
 AT_ONCE = "a stage with local losses goes back through its graph at once"
 
@@ -117,7 +121,17 @@ def _decoupled(setting: str, why: str, instead: str = LEAVE_BACKPROP) -> Row:
 
 #: In the order in which they are looked at: the axes before what hangs on them.
 ROWS: tuple[Row, ...] = (
-    Row("method"), Row("stages"), Row("partition"), Row("gradient"), Row("input"),
+    Row("method"), Row("stages"), Row("partition"), Row("gradient"),
+    Row("window", (STREAM,), "a stage that replays its input has nobody to give a gradient to", 'Leave "window" out.',
+        lambda window: window not in (None, 1), "more than 1"),
+    _value("input", "replay", (LOCAL, ALONE), "a stage that replays its input has nobody to give a gradient to",
+           'Take "method": "dgl_async", or "input": "stream".'),
+    _value("input", "replay", (OWN_PACE,), "every micro-batch comes in its tick, once", 'Leave "pace" out, or take "free".'),
+    Row("pace", (REPLAY,), "stages that stream go by a plan", 'Leave "pace" out, or take "method": "dgl_async".',
+        lambda pace: pace in ("clock", "free"), '"clock" and "free"'),
+    Row("replay", (REPLAY,), "there is no ring", LEAVE_REPLAY),
+    Row("clock", (axis("pace", "clock"),), "nothing goes by a virtual clock", 'Leave it out, or take "pace": "clock".'),
+    Row("slow_down", (OWN_PACE,), "stages wait for one another", LEAVE_REPLAY),
     _value("update", "flush", (GLOBAL,), "stages with a loss of their own wait for no flush",
            'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.'),
     _value("recover", "input", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
@@ -130,11 +144,14 @@ ROWS: tuple[Row, ...] = (
            "backward pass has to come later, and to run the forward pass again with the weights of then",
            'Take "method": "dsp" or "petra".'),
     Row("hops", (DELAYED,), "nothing crosses an update", 'Leave "hops" out, or take a method with a delayed update.'),
+    Row("hops", (STREAM,), "a message may be used at any time", 'Leave "hops" out.'),
     Row("hops", (TOGETHER,), "nothing comes back, and the second number says how long that takes",
         "Let it be 1, as in [0, 1].", lambda value: value is not None and value[1] != 1, "its second number"),
     _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("transport"), _local("ensemble"),
     _local("input_shape"),
     _local("stop_after", "a stage that stops would leave those below it without gradients"),
+    Row("head", (axis("pace", "ticks", "clock"),), "all ranks would have to wait for the one that refreshes it",
+        'Take another head, or "pace": "clock".', lambda head: str(head).partition(":")[0] == "shared", '"shared"'),
     Row("head_refresh", (SHARED,), "there is nothing to bring up to date", 'Leave it out, or take "head": "shared".'),
     _value("head", "reconstruct", (ALONE,), "a stage that rebuilds its input learns from no loss above",
            'Leave "window" out, or take another head.'),
@@ -150,6 +167,7 @@ ROWS: tuple[Row, ...] = (
     _decoupled("compile", "it compiles on demand", "Leave it out and call engine.compile()."),
     Row("compile", (WHOLE,), "a compiled backward pass would have to be halved", "Leave one of the two out."),
     _decoupled("track_gradients", "every gradient is the exact one"),
+    Row("track_gradients", (STREAM,), "stages work on different micro-batches", 'Leave "track_gradients" out.'),
     _decoupled("timeout", "it waits as long as its process groups do", "Leave it out, or give deepspeed.init_distributed() a "
                "timeout."),
 )

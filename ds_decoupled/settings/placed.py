@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from ds_decoupled.config import BLOCK, DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.heads import shared_blocks
@@ -18,8 +20,8 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
     if axes.window > stages:
         raise ConfigError(f"{BLOCK}.window", axes.window, f"at most the number of stages, which is {stages}",
                           "Take a smaller window or more stages.")
-    for name in ("stage_lr", "stage_schedulers", "stop_after"):
-        value = getattr(config, name)
+    for name in ("stage_lr", "stage_schedulers", "stop_after", "slow_down", "clock.durations"):
+        value = attrgetter(name)(config)
         if value is not None and len(value) != stages:
             raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
                               f"Give a list of {stages}, or leave it out.")

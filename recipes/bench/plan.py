@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "reversible": _ours("reversible", "reconstruct", "reversible"),
     "dgl": _ours("dgl", "local", "dgl"),
     "dgl-chunked": Method("dgl, one stage a rank", "engine", {"method": "dgl", "stages": "ranks"}, one_rank=False),
+    "dgl_async": _ours("dgl_async, ranks run free", "local", "dgl_async", extra=True),
     "overlapping": _ours("overlapping, window 2", "local", "overlapping", extra=True),
     "petra-compiled": _ours("petra, compiled", "reconstruct", "petra", extra=True, compile=True),
     "dsp-compiled": _ours("dsp, compiled", "input", "dsp", extra=True, compile=True),

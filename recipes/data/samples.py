@@ -6,6 +6,7 @@ Those in memory are augmented a micro-batch at a time (crop with padding and fli
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,12 @@ class TensorImages:
         self.padding = images.shape[-1] // 8 if padding is None else padding
         self._shift = 255 * mean.view(1, -1, 1, 1)
         self._scale = 1 / (255 * std.view(1, -1, 1, 1))
+
+    def first(self, count: int) -> TensorImages:
+        """The first ``count`` of them, normalised alike."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[:count], self.labels[:count]
+        return part
 
     def batch(self, indices: Tensor, draws: Tensor | None) -> Tensor:
         """Normalised float32 ``(n, 3, S, S)``."""

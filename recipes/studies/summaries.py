@@ -24,7 +24,8 @@ DIFFERENCES: dict[str, Callable[[Run], str]] = {
     "model": lambda run: str(run["model"]),
     "lora": lambda run: f"LoRA {run['lora_rank']}" if run.get("lora_rank") else "",
     "seed": lambda run: f"seed {run['seed']}",
-    **{name: _setting(name) for name in ("window", "losses", "head", "weights")},
+    **{name: _setting(name) for name in ("window", "losses", "head", "weights", "codec", "pace", "replay",
+                                         "slow_down")},
 }
 """What a run may be told apart by, beside its method."""
 

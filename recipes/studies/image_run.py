@@ -1,0 +1,85 @@
+"""One run of the image study: a six-layer CNN trained by the engine on one rank, where the numbers are those of any number."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+import ds_decoupled
+import run.evaluation
+from data.images import load_images
+from data.micro_batches import MicroBatches, in_order
+from data.samples import ImageData, TensorImages
+from ds_decoupled.errors import ConfigError
+from ds_decoupled.models.registry import build_model
+from run.rates import lr_schedule, parameter_groups
+from run.worlds import Parent
+from studies.image_settings import ImageSetting, ImageStudy
+
+
+def prepare(study: ImageStudy, path: Path) -> int:
+    """Read and decode the images once, for all runs: they lie in ``path`` then. Returns the updates of every stage of a run.
+
+    Raises:
+        ConfigError: for data that cannot be read, or are read one by one while training.
+    """
+    images = load_images(study.data, image_size=study.image_size)
+    if not isinstance(images.train, TensorImages):
+        raise ConfigError("--data", study.data, "large images, which are decoded again and again", "Take small ones")
+    train = images.train.first(study.images) if study.images else images.train
+    torch.save(ImageData(train, images.test, images.num_classes, images.image_size, images.form), path)
+    return study.epochs * len(MicroBatches(train, study.micro_batch, seed=0))
+
+
+def train(setting: ImageSetting, study: ImageStudy, images: ImageData, progress: Callable[[int], None]) -> dict[str, Any]:
+    """Train until every stage has made its own updates, and test; in a world of one rank.
+
+    Args:
+        progress: is told how many updates the slowest stage has made.
+    """
+    batches = MicroBatches(images.train, study.micro_batch, seed=setting.seed)
+    updates = study.epochs * len(batches)
+    config = setting.config(study, updates)
+    sample = torch.zeros(study.micro_batch, 3, study.image_size, study.image_size)
+    layers = build_model("cnn6", data=images.form, num_classes=images.num_classes, width=study.width)
+    model = ds_decoupled.DecoupledPipelineModule(layers, config=copy.deepcopy(config), num_stages=1, sample_input=sample,
+                                                 loss_fn=nn.CrossEntropyLoss(), base_seed=setting.seed)
+    engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model),
+                                         lr_scheduler=lr_schedule("cosine", updates, round(0.05 * updates)))
+    start = time.perf_counter()
+    done = calls = 0
+    while done < updates:
+        engine.train_batch(data_iter=batches)
+        calls += 1
+        # Whoever is slowed has its updates to make yet, and those that have made theirs only forward.
+        optimizers = getattr(engine, "stage_optimizers", {})
+        done = min((optimizer.updates for optimizer in optimizers.values()), default=calls)
+        if calls % 10 == 0:
+            progress(min(done, updates))
+    engine.drain()
+    seconds = time.perf_counter() - start
+    count = len(images.test.labels)
+    logits = run.evaluation.evaluate(engine, in_order(images.test, study.micro_batch), -(-count // study.micro_batch),
+                                     compute_loss=False)
+    assert logits is not None
+    right = torch.cat(logits)[:count].argmax(dim=1).cpu() == images.test.labels
+    summary = engine.decoupled_summary()
+    return {"test_accuracy": right.float().mean().item(), "seconds": seconds, "calls": calls, "updates": summary["updates"],
+            "replay": summary.get("replay", [])}
+
+
+def train_alone(parent: Parent, setting: ImageSetting, study: ImageStudy, *, images: str) -> dict[str, Any]:
+    """A process's task: tells how many updates are made, and then what :func:`train` gives.
+
+    Args:
+        images: the file of :func:`prepare`.
+    """
+    deepspeed.init_distributed(dist_backend="gloo")
+    return train(setting, study, torch.load(images, weights_only=False), parent.tell)
