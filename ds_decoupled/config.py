@@ -192,10 +192,12 @@ class DecoupledConfig(BaseModel):
             clock, by sleep where ranks run free.
         window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
         losses: which of the window's losses a stage learns from: their ``"sum"`` or the ``"farthest"`` alone.
-        head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own last
+        head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own
             layers, or ``"module:callable"`` (:mod:`ds_decoupled.nn.heads`); by default ``"lm"`` where stages give
             ``(N, T, width)``, ``"mlp"`` where ``(N, features)``, else ``"mlp-sr"``.
         head_refresh: updates after which a shared head is brought up to date.
+        transport: factor of the penalty on what residual layers add to what passes through them, part of every stage's own loss
+            (:mod:`ds_decoupled.stages.transport`); 0 is none.
         ensemble: whether evaluation asks all heads, and takes the mean of their probabilities.
         input_shape: of one sample, so that heads can be built where the module has no ``sample_input``. Token ids are
             tried first where it has one dimension, numbers elsewhere; then the other.
@@ -240,6 +242,8 @@ class DecoupledConfig(BaseModel):
     losses: Literal["sum", "farthest"] = "sum"
     head: str | None = None
     head_refresh: Annotated[int, Field(ge=1), Words("a number of updates, at least 1", "Leave it out for 50.")] = 50
+    transport: Annotated[float, Field(ge=0, allow_inf_nan=False), Words(
+        "a factor, 0 (none) or above", "Leave it out for none.")] = 0.0
     ensemble: bool = False
     input_shape: Sample | None = None
     queue: Annotated[int, Field(ge=1, le=MOST_QUEUE), Words(

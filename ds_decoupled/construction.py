@@ -96,7 +96,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
             every_link=block.codec.every_link, memory=torch.device("cpu") if block.replay.memory == "host" else None)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
-        self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid, seeds=self.seeds,
+        self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid,
+                                      bounds=self.placement.stage_bounds, seeds=self.seeds,
                                       micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
 
     def _queue(self) -> int:

@@ -22,9 +22,9 @@ from ds_decoupled.settings.check import check_settings, comparable
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.shared_memory import release_names
-from ds_decoupled.stages.heads import make_head
+from ds_decoupled.stages.heads import WholeModel, make_head
 from ds_decoupled.stages.randomness import mix, seeded
-from ds_decoupled.tensors import Tensors
+from ds_decoupled.tensors import Form, Tensors
 
 #: PipelineModule's own default.
 _DEEPSPEED_SEED = 1234
@@ -175,10 +175,14 @@ class DecoupledPipelineModule(PipelineModuleBase):
             return None, []
         device = torch.device(get_accelerator().current_device_name())
 
-        def make(stage: int, given: Tensors, outputs: int) -> nn.Module:
-            return make_head(self._head, given, outputs, 0, stage, None, device, layer_specs(self))
+        layers = layer_specs(self)
+        ends = [start for start in setting if 0 < start < len(layers)]
 
-        return make, [start for start in setting if 0 < start < len(layer_specs(self))]
+        def make(stage: int, given: Tensors, outputs: int, forms: Sequence[Form]) -> nn.Module:
+            model = WholeModel(layers, [0, *ends, len(layers)], forms)
+            return make_head(self._head, given, outputs, 0, stage, None, device, model)
+
+        return make, ends
 
 
 def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int],

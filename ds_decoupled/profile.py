@@ -16,14 +16,15 @@ from torch import nn
 
 from ds_decoupled.collectives import together
 from ds_decoupled.stages.layers import backward
-from ds_decoupled.tensors import Tensors, as_tuple, detach, leaves, to_device
+from ds_decoupled.tensors import Form, Tensors, as_tuple, detach, form_of, leaves, to_device
 
 #: Timed runs of a layer, after one that warms up.
 _REPEATS = 5
 
 
-#: Builds the head of a stage from its number, what the stage gives, and how many outputs the last layer has.
-HeadMaker = Callable[[int, Tensors, int], nn.Module]
+#: Builds the head of a stage from its number, what the stage gives, how many outputs the last layer has, and the forms of what
+#: all layers give.
+HeadMaker = Callable[[int, Tensors, int, Sequence[Form]], nn.Module]
 
 
 class LayerTime(NamedTuple):
@@ -62,17 +63,18 @@ def _measure(layers: Sequence[Any], sample_input: Tensors, make_head: HeadMaker 
              ends: Sequence[int]) -> list[LayerTime]:
     device = torch.device(get_accelerator().current_device_name())
     x = to_device(detach(sample_input), device)
-    seconds, given = [], {}
+    seconds, given, forms = [], {}, []
     for index, layer in enumerate(layers):
         function: Callable[[Any], Any] = layer.build() if isinstance(layer, LayerSpec) else layer
         time_of, x = _time(function, x, index > 0, device)
         seconds.append(LayerTime(*time_of))
+        forms.append(form_of(x))
         if index + 1 in ends:
             given[index] = x
     if make_head is not None:
         outputs = as_tuple(x)[0].shape[-1]
         for stage, (index, y) in enumerate(given.items()):
-            time_of, _ = _time(make_head(stage, y, outputs), y, True, device)
+            time_of, _ = _time(make_head(stage, y, outputs, forms), y, True, device)
             seconds[index] = seconds[index]._replace(head=sum(time_of))
     return seconds
 

@@ -33,6 +33,15 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
     return fn(tensors) if isinstance(tensors, Tensor) else tuple(fn(t) for t in as_tuple(tensors))
 
 
+Form = tuple[tuple[tuple[int, ...], bool], ...]
+"""Of each tensor its shape without the batch, and whether it is floating point."""
+
+
+def form_of(tensors: Tensors) -> Form:
+    """What is the same for two batches that a layer takes alike."""
+    return tuple((tuple(t.shape[1:]), t.is_floating_point()) for t in as_tuple(tensors))
+
+
 def detach(tensors: Tensors) -> Tensors:
     """The same values without a graph."""
     return map_tensors(Tensor.detach, tensors)

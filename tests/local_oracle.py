@@ -4,6 +4,9 @@ Stage s learns from the losses of the heads of s, ..., s+n-1 (or of the farthest
 loss of stage l reaches stage s in tick m + a l + b (l - s); the stage's gradient is complete with the last of them. Every
 gradient is taken by ``torch.autograd.grad`` from graphs that are kept whole; an update writes into the parameters behind
 their back, so that what comes later finds the new values.
+
+The transport penalty belongs to a stage's own loss: the sum over its layers of the mean square of what each adds. A stage that
+rebuilds has ten times the mean squared error of its input (the first one: of its first layer's output) as its loss.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ import copy
 from typing import Any
 
 import torch
-from oracle import _leaves, _run, _tuple
+from oracle import _leaves, _tuple
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
+
+from ds_decoupled.nn import ReversibleCoupling
 
 
 class LocalOracle:
     """One method on one list of stages, trained in one process by the definition."""
 
     def __init__(self, stages: list[nn.Sequential], heads: list[nn.Module | None], *, window: int, farthest: bool,
-                 hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9, refresh: int = 0) -> None:
+                 hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9, refresh: int = 0,
+                 transport: float = 0.0, rebuild: bool = False) -> None:
         self.stages, self.heads, self.window, self.farthest, self.hops, self.k = stages, heads, window, farthest, hops, k
-        self.refresh = refresh
+        self.refresh, self.transport, self.rebuild = refresh, transport, rebuild
         self.parameters = [[*s.parameters(), *self._head_parameters(h)] for s, h in zip(stages, heads)]
         self.optimizers = [torch.optim.SGD(p, lr=lr, momentum=momentum) for p in self.parameters]
         self.losses: dict[tuple[int, int], float] = {}
@@ -63,10 +69,13 @@ class LocalOracle:
                 if s > 0 and not isinstance(made[m, s - 1][1], tuple):
                     x = x[0]
                 leaves = _leaves(x)
-                y = _run(self.stages[s], leaves)
-                made[m, s] = (leaves, y)
+                y, penalties, entry = self._forward(self.stages[s], leaves)
+                made[m, s] = (leaves, y, penalties)
                 if s in wanted:
-                    self._own_loss(m, s, y, data[m][1], at_output, head_grads)
+                    target = data[m][1]
+                    if self.rebuild and self.heads[s] is not None:
+                        target = sum(t.detach() for t in _tuple(entry if s == 0 else leaves))
+                    self._own_loss(m, s, y, target, at_output, head_grads)
                     self._pass_down(m, s, s, made, at_output)
                     if s == self.losses_of(s)[-1]:
                         self._learn(m, s, made, at_output, head_grads)
@@ -80,6 +89,25 @@ class LocalOracle:
                     if loss == self.losses_of(s)[-1]:
                         self._learn(m, s, made, at_output, head_grads)
 
+    def _forward(self, stage: nn.Sequential, leaves: Any) -> tuple[Any, list[Tensor], Any]:
+        """What the stage gives, the penalties of its layers, and what its first layer gives."""
+        x = tuple(t.clone() for t in leaves) if isinstance(leaves, tuple) else leaves.clone()
+        penalties, entry = [], None
+        for layer in stage:
+            before, x = _tuple(x), layer(x)
+            entry = x if entry is None else entry
+            after = _tuple(x)
+            if isinstance(layer, ReversibleCoupling):
+                before, after = (before[1],), (after[0],)
+            if self.transport and all(a.shape == b.shape and a.is_floating_point() for a, b in zip(before, after)):
+                penalties += [((b - a) ** 2).mean() * self.transport for a, b in zip(before, after)]
+        return x, penalties, entry
+
+    def _roots(self, m: int, s: int, loss: int, made: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Where the loss of stage ``loss`` starts in stage s beside its output: its penalties, if it is the stage's own."""
+        penalties = made[m, s][2] if loss == s else []
+        return penalties, [torch.tensor(1 / self.k) for _ in penalties]
+
     def _own_loss(self, m: int, s: int, y: Any, labels: Tensor, at_output: Any, head_grads: Any) -> None:
         head = self.heads[s]
         if head is None:  # the last stage: its output is what the loss takes
@@ -88,7 +116,10 @@ class LocalOracle:
             head_grads[m, s] = []
         else:
             ends = _leaves(y)
-            loss = cross_entropy(head(ends).flatten(0, -2), labels.flatten())
+            if self.rebuild:
+                loss = 10 * mse_loss(head(ends), labels)
+            else:
+                loss = cross_entropy(head(ends).flatten(0, -2), labels.flatten())
             found = torch.autograd.grad(loss / self.k, [*_tuple(ends), *self._head_parameters(head)])
             at_output[m, s, s], head_grads[m, s] = found[:len(_tuple(ends))], list(found[len(_tuple(ends)):])
         self.losses[m, s] = loss.item()
@@ -96,15 +127,17 @@ class LocalOracle:
     def _pass_down(self, m: int, loss: int, s: int, made: Any, at_output: Any) -> None:
         """A loss has reached stage s: from its output to its input, which is the output of the stage below."""
         if s > 0 and loss - (s - 1) < self.window:
-            leaves, y = made[m, s]
-            at_output[m, loss, s - 1] = torch.autograd.grad(list(_tuple(y)), list(_tuple(leaves)), list(at_output[m, loss, s]),
-                                                            retain_graph=True)
+            leaves, y, _ = made[m, s]
+            penalties, ones = self._roots(m, s, loss, made)
+            at_output[m, loss, s - 1] = torch.autograd.grad([*_tuple(y), *penalties], list(_tuple(leaves)),
+                                                            [*at_output[m, loss, s], *ones], retain_graph=True)
 
     def _learn(self, m: int, s: int, made: Any, at_output: Any, head_grads: Any) -> None:
-        _, y = made[m, s]
+        _, y, _ = made[m, s]
+        penalties, ones = self._roots(m, s, s if s in self.losses_of(s) else -1, made)
         dy = [sum(parts) for parts in zip(*(at_output[m, loss, s] for loss in self.losses_of(s)))]
         parameters = list(self.stages[s].parameters())
-        found = torch.autograd.grad(list(_tuple(y)), parameters, dy, retain_graph=True)
+        found = torch.autograd.grad([*_tuple(y), *penalties], parameters, [*dy, *ones], retain_graph=True)
         head = [] if self.heads[s] is None else head_grads[m, s]
         for p, g in zip(self.parameters[s], [*found, *head]):
             p.grad = g.clone() if p.grad is None else p.grad + g

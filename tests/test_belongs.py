@@ -23,7 +23,8 @@ OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
     "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
     "clock": {"seed": 1}, "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
-    "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5], "stage_schedulers": [None, None],
+    "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
+    "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "vq": {"group": 4}, "split_backward": True, "compile": True, "lr_by_delay": 10,
     "track_gradients": 2, "timeout": 60,
 }
@@ -49,6 +50,7 @@ window               x         x          x        x     x    x    .       .    
 losses               x         x          x        x     x    x    .       .           .
 head                 x         x          x        x     x    x    .       .           .
 head_refresh         x         x          x        x     x    x    .       .           x
+transport            x         x          x        x     x    x    .       .           .
 ensemble             x         x          x        x     x    x    .       .           .
 input_shape          x         x          x        x     x    x    .       .           .
 queue                x         x          x        x     x    x    .       x           .
@@ -130,6 +132,10 @@ def test_what_is_the_default_is_taken_everywhere() -> None:
     ({"method": "dgl", "head": "shared:2", "head_refresh": 3}, None, ""),
     ({"method": "petra", "codec": "int8", "vq": {"levels": 2}}, "vq", "another codec forward"),
     ({"method": "petra", "codec": {"forward": "vq"}, "vq": {"levels": 2}}, None, ""),
+    ({"method": "overlapping", "head": "reconstruct"}, "head", '"window": 2'),
+    ({"method": "dgl", "head": "reconstruct", "ensemble": True}, "ensemble", '"head": "reconstruct"'),
+    ({"method": "dgl", "head": "reconstruct"}, None, ""),
+    ({"method": "overlapping", "head": "auglocal:2", "ensemble": True, "transport": 1}, None, ""),
     ({"method": "petra", "compile": True, "split_backward": True}, "compile", '"split_backward": true'),
     ({"method": "pipedream", "weights": "predicted"}, "weights", '"recover": "graph"'),
     ({"method": "pipedream", "weights": "current"}, None, ""),

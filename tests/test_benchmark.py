@@ -13,6 +13,7 @@ import torch
 import worlds
 
 from bench import report
+from bench.heads import heads, multiply_adds
 from bench.plan import METHODS, Configuration, Method, configurations, laws
 from ds_decoupled.models import build_model
 from ds_decoupled.stages.reversible import is_invertible
@@ -24,6 +25,19 @@ TINY = ["--width", "4", "--image_size", "8", "--micro_batch", "4"]
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(RECIPES / "benchmark.py"), *arguments], capture_output=True, text=True,
                           timeout=200)
+
+
+def test_what_heads_cost() -> None:
+    """A copied layer costs what the layer costs: the head of ResNet-18's lowest stage is its blocks 3, 5, 7 and 8."""
+    text, found = heads("resnet18", 4, 8, 2)
+    assert "`auglocal`" in text and len(found) == 9
+    with torch.device("meta"):
+        x, cost = torch.randn(2, 3, 8, 8), []
+        for spec in build_model("resnet18", width=4):
+            spent, x = multiply_adds(spec.build(), x)
+            cost.append(spent)
+    assert [row["auglocal"] for row in found][::8] == [sum(cost[i] for i in (3, 5, 7, 8, 9)), cost[9]]
+    assert found[0]["trunk_so_far"] == cost[0] and found[-1]["trunk_so_far"] == sum(cost[:9])
 
 
 # -- the plan and the numbers ---------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def compare(case: dict[str, Any], world: int = 1) -> None:
     oracle = LocalOracle(engine_cases.stages_from(initial, case, stage_layers),
                          copies(engine_cases.merged(results, "initial_heads"), len(stage_layers)), window=block["window"],
                          farthest=block.get("losses") == "farthest", hops=tuple(block.get("hops", (0, 1))), k=case.get("k", 1),
-                         refresh=block["head_refresh"] if block.get("head", "").startswith("shared") else 0)
+                         refresh=block["head_refresh"] if block.get("head", "").startswith("shared") else 0,
+                         transport=block.get("transport", 0.0), rebuild=block.get("head") == "reconstruct")
     oracle.train(batches_for(case.get("net", ""), case["batches"], case.get("size", 4)))
     expected = {f"{index}.{name}": value for s, layers in enumerate(stage_layers)
                 for index, layer in zip(layers, oracle.stages[s]) for name, value in layer.state_dict().items()}
@@ -237,6 +238,13 @@ def test_measured_partition_counts_heads() -> None:
     ({"head": "last-layers:9"}, ["decoupled.head", "copies 9 layers"]),
     ({"head_refresh": 0}, ["decoupled.head_refresh", "at least 1"]),
     ({"losses": "all"}, ["decoupled.losses", "farthest"]),
+    ({"head": "auglocal:0"}, ["decoupled.head", "'auglocal:0'", "at least 1", "'last-layer'"]),
+    ({"head": "auglocal:two"}, ["decoupled.head", "'auglocal:n'"]),
+    ({"head": "auglocals"}, ["decoupled.head", "'auglocals'", "'auglocal'"]),
+    ({"transport": -0.1}, ["decoupled.transport", "-0.1", "0 (none) or above"]),
+    ({"head": "reconstruct"}, ["decoupled.head", "hidden states (N, T, width)", "language models"]),
+    ({"head": "reconstruct", "window": 2}, ["decoupled.head", '"window": 2', '"window": 1']),
+    ({"head": "reconstruct", "ensemble": True}, ["decoupled.ensemble", "reconstruct"]),
 ], ids=lambda value: None if isinstance(value, list) else "-".join(map(str, value.items()))[:40])
 def test_errors(block: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(worlds.RankFailed) as failure:

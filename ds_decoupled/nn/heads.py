@@ -11,9 +11,10 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 
 ``mlp`` and ``linear`` also take feature vectors ``(N, features)``, as they are.
 
-For language models ``lm``: RMSNorm and an unembedding. For any model ``last-layer``: a copy of the model's own last layer, with
-the weights that this starts from, so that the heads of a pretrained model make sense from the first step on; ``last-layers:3``:
-of the last three, so that extra blocks stand before an unembedding.
+For language models ``lm``: RMSNorm and an unembedding; ``reconstruct`` asks for the stage's input back
+(:mod:`ds_decoupled.nn.reconstruction`). For any model ``last-layer``: a copy of the model's own last layer, with the weights
+that this starts from; ``last-layers:3``: of the last three, so that extra blocks stand before an unembedding; ``auglocal``: of
+a few layers picked evenly from those above the stage, and of the last one (:mod:`ds_decoupled.nn.auglocal`).
 
 Where a stage gives two streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden
 state. A copy of the last layer sees all that the stage gives.
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.nn.auglocal import AUGLOCAL
+from ds_decoupled.nn.reconstruction import RECONSTRUCT, reconstruction
 
 HeadBuilder = Callable[[torch.Size, int], nn.Module]
 """From the shape of the stage's output (with the batch) and the number of outputs to a head."""
@@ -99,7 +102,8 @@ def language_model(shape: torch.Size, outputs: int) -> nn.Module:
     return nn.Sequential(nn.RMSNorm(shape[2]), unembedding)
 
 
-HEADS: dict[str, HeadBuilder] = {"mlp-sr": mlp_sr, "mlp": mlp, "cnn": cnn, "linear": linear, "lm": language_model}
+HEADS: dict[str, HeadBuilder] = {"mlp-sr": mlp_sr, "mlp": mlp, "cnn": cnn, "linear": linear, "lm": language_model,
+                                RECONSTRUCT: reconstruction}
 
 
 LAST_LAYER = "last-layer"
@@ -222,7 +226,7 @@ def _find(name: str) -> HeadBuilder:
         return HEADS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER, SHARED)))}",
+        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER, SHARED, AUGLOCAL)))}",
                           "A head of your own is named 'module:callable'.")
     try:
         found: HeadBuilder = getattr(importlib.import_module(module), attribute)

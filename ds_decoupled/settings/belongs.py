@@ -73,6 +73,7 @@ SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"he
 #: The object of the codec, which is read before.
 VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq", '"codec": {"forward": "vq"}',
                unmet="another codec forward")
+VOTES = Need("head", lambda head: head != "reconstruct", 'a "head" other than "reconstruct"')
 WHOLE = Need("split_backward", lambda split: not split, '"split_backward": false')
 
 
@@ -149,11 +150,15 @@ ROWS: tuple[Row, ...] = (
     Row("hops", (STREAM,), "a message may be used at any time", 'Leave "hops" out.'),
     Row("hops", (TOGETHER,), "nothing comes back, and the second number says how long that takes",
         "Let it be 1, as in [0, 1].", lambda value: value is not None and value[1] != 1, "its second number"),
-    _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("ensemble"), _local("input_shape"),
+    _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("transport"), _local("ensemble"),
+    _local("input_shape"),
     _local("stop_after", "a stage that stops would leave those below it without gradients"),
     Row("head", (axis("pace", "ticks", "clock"),), "all ranks would have to wait for the one that refreshes it",
         'Take another head, or "pace": "clock".', lambda head: str(head).partition(":")[0] == "shared", '"shared"'),
     Row("head_refresh", (SHARED,), "there is nothing to bring up to date", 'Leave it out, or take "head": "shared".'),
+    _value("head", "reconstruct", (ALONE,), "a stage that rebuilds its input learns from no loss above",
+           'Leave "window" out, or take another head.'),
+    Row("ensemble", (VOTES,), "lower heads rebuild their stages' inputs and say nothing of classes", "Leave it out."),
     Row("queue", (LOCAL, ALONE), "what comes back keeps ranks together", 'Leave it out, or take "method": "dgl".'),
     Row("lr_by_delay", (DELAYED, TOGETHER), "no gradient comes late",
         'Leave "lr_by_delay" out, or take a method with a delay.'),

@@ -49,7 +49,7 @@ def build_stages(module: Any, rank: int, placement: Placement, config: Decoupled
         check_compiler(compiled, seeds.device)
         compile_layers(module.forward_funcs, compiled, outlives_updates(axes))
     shared = Shared(axes, placement.stages, module.loss_fn, seeds, autocast(), config.losses == "farthest",
-                    module.get_additional_losses)
+                    config.transport, module.get_additional_losses)
     stages: dict[int, Stage] = {}
     for index in placement.stages_of(rank):
         layers = placement.layers_of(index)

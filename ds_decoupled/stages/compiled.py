@@ -11,6 +11,7 @@ made from weights alone, which are stale by then. :func:`cut_by_reference` cuts 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,8 @@ from ds_decoupled.nn import ReversibleCoupling
 #: Layers of one type share a code object, and with it dynamo's limit on recompilations: with and without gradients, for
 #: training and evaluation, for every width that does not change while it runs.
 _RECOMPILATIONS = 128
+
+_COMPILED = "_ds_decoupled_compiled"
 
 
 def check_compiler(settings: CompileSettings, device: torch.device) -> None:
@@ -74,6 +77,16 @@ def compile_layers(layers: Iterable[Any], settings: CompileSettings, by_referenc
             target = layer.f if isinstance(layer, ReversibleCoupling) else layer
             # Not Module.compile(): it compiles one code object for modules of every type, which would share one cache.
             target.forward = torch.compile(target.forward, dynamic=settings.dynamic, **arguments)
+            target.__dict__[_COMPILED] = True
+
+
+def plain_copy(layer: nn.Module) -> nn.Module:
+    """A copy with weights of its own, which is not compiled."""
+    copied = copy.deepcopy(layer)
+    for part in copied.modules():
+        if part.__dict__.pop(_COMPILED, False):
+            del part.__dict__["forward"]  # it is bound to the original, and would run with that one's weights
+    return copied
 
 
 def _arguments(settings: CompileSettings, by_reference: bool) -> dict[str, Any]:

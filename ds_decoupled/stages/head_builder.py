@@ -15,12 +15,14 @@ from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.links.vector import VectorCodec, check_vectors
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
+from ds_decoupled.nn.reconstruction import RECONSTRUCT
 from ds_decoupled.passes import NoBatch, Passes, as_in_evaluation
-from ds_decoupled.stages.heads import make_head, make_readout
+from ds_decoupled.stages.heads import WholeModel, make_head, make_readout
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.stage import Stage
-from ds_decoupled.tensors import Tensors, as_tuple, map_tensors, to_device
+from ds_decoupled.stages.transport import check_transport
+from ds_decoupled.tensors import Form, Tensors, as_tuple, form_of, map_tensors, to_device
 
 
 def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int, dtype: torch.dtype) -> list[Tensors]:
@@ -85,7 +87,7 @@ class ReadoutRefresh:
 
 
 def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config: DecoupledConfig, *, grid: Any,
-                seeds: LayerSeeds, micro_batch: int, dtype: torch.dtype) -> list[ReadoutRefresh]:
+                bounds: Sequence[int], seeds: LayerSeeds, micro_batch: int, dtype: torch.dtype) -> list[ReadoutRefresh]:
     """Give this rank's stages the heads that their losses are taken from; nothing with a global gradient. A collective call.
 
     Args:
@@ -94,6 +96,7 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         module: the pipeline module.
         config: the ``decoupled`` block.
         grid: DeepSpeed's grid.
+        bounds: the layers at which stages begin, and their number.
         seeds: of the layers.
         micro_batch: samples in a micro-batch.
         dtype: the layers' floating-point type.
@@ -109,7 +112,7 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         return []
     complaints: list[str] = []
     for sample in samples_of(module, config.input_shape, micro_batch, dtype):
-        given, outputs, complaint = _outputs_of(stages, passes, sample, seeds.device)
+        given, forms, outputs, complaint = _outputs_of(stages, passes, sample, seeds.device)
         if complaint is None:
             break
         complaints.append(complaint)
@@ -118,6 +121,8 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
                           "inputs? Where it does not say enough, give DecoupledPipelineModule a sample_input.")
     like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
     specs = layer_specs(module)
+    model = WholeModel(specs, bounds, forms)
+    check_transport(config.transport, forms)
 
     def make() -> SharedReadout | None:
         _check_codec(given, stages, config, micro_batch)
@@ -125,8 +130,10 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         for index, stage in local.items():
             if stage.has_loss and not stage.is_last:
                 with stage.autocast.forward():
-                    stage.head = make_head(config.head, given[index], outputs, seeds.base, index, like, seeds.device, specs,
+                    stage.head = make_head(config.head, given[index], outputs, seeds.base, index, like, seeds.device, model,
                                            readout)
+                if config.head == RECONSTRUCT:
+                    stage.rebuild_input()
         return readout
 
     readout = together(make)
@@ -138,18 +145,20 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
 
 
 def _outputs_of(stages: Mapping[int, Stage], passes: Passes, sample: Tensors,
-                device: torch.device) -> tuple[dict[int, Tensors], int, str | None]:
+                device: torch.device) -> tuple[dict[int, Tensors], list[Form], int, str | None]:
     """Pass ``sample`` through all ranks' stages. A collective call.
 
     Returns:
-        What each stage here gives, the size of the last dimension of what the last stage gives, and what went wrong on any
-        rank, in words.
+        What each stage here gives, the form of what each layer of the model gives, the size of the last dimension of what the
+        last stage gives, and what went wrong on any rank, in words.
     """
     given: dict[int, Tensors] = {}
+    forms: list[Form] = []
 
     def through(stage: Stage, x: Tensors, beside: list[Any]) -> Tensors:
         try:
-            given[stage.index] = map_tensors(torch.clone, stage.plain_forward(0, x))
+            with stage.listening(lambda layer, taken, made: forms.append(form_of(made))):
+                given[stage.index] = map_tensors(torch.clone, stage.plain_forward(0, x))
         except Exception as error:
             kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in as_tuple(x)]
             raise ValueError(f"a blank sample, {', '.join(kinds)}, does not pass: {error}") from error
@@ -166,9 +175,12 @@ def _outputs_of(stages: Mapping[int, Stage], passes: Passes, sample: Tensors,
         complaint = str(error)
     passes.network.wait_until_taken("evaluation")
     outputs = next((as_tuple(given[s])[0].shape[-1] for s, stage in stages.items() if stage.is_last and s in given), None)
-    told = gather((complaint, outputs))
-    first = next((told_complaint for told_complaint, _ in told if told_complaint is not None), None)
-    return given, next((n for _, n in told if n is not None), 0), first
+    told = gather((complaint, outputs, forms, min(given, default=0)))
+    first = next((told_complaint for told_complaint, *_ in told if told_complaint is not None), None)
+    # By pipeline, of which all ranks' are alike: those of one go up from its first stage.
+    by_stage = {bottom: rank_forms for *_, rank_forms, bottom in told}
+    forms = [form for _, rank_forms in sorted(by_stage.items()) for form in rank_forms]
+    return given, forms, next((n for _, n, *_ in told if n is not None), 0), first
 
 
 def _check_codec(given: Mapping[int, Tensors], stages: Mapping[int, Stage], config: DecoupledConfig, micro_batch: int) -> None:
@@ -198,5 +210,5 @@ def _give_losses(stages: Mapping[int, LocalStage], loss_fn: Any) -> None:
     told = gather(loss_fn.state_dict() if any(stage.is_last for stage in stages.values()) else None)
     state = next(value for value in told if value is not None)
     for stage in stages.values():
-        if stage.head is not None:
+        if stage.head is not None and not stage.rebuilds:
             stage.give_loss(state)

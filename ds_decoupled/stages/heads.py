@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import nn
 
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.nn.auglocal import AUGLOCAL, auglocal_depth, depth_of, picked
 from ds_decoupled.nn.heads import (
-    LAST_LAYER,
+    SHARED,
     HeadBuilder,
     SharedReadout,
     StageHead,
@@ -20,12 +21,28 @@ from ds_decoupled.nn.heads import (
     copied_layers,
     shared_blocks,
 )
+from ds_decoupled.stages.compiled import plain_copy
 from ds_decoupled.stages.randomness import mix, seeded
-from ds_decoupled.tensors import Tensors, as_tuple
+from ds_decoupled.tensors import Form, Tensors, as_tuple
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """What heads that are made of the model's own layers are made from; every rank knows it.
+
+    Attributes:
+        layers: as they were given to the pipeline module.
+        bounds: at which of them stages begin, and their number.
+        forms: what each layer gives, where a sample has passed.
+    """
+
+    layers: Sequence[Any]
+    bounds: Sequence[int] = ()
+    forms: Sequence[Form] = ()
 
 
 def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed: int, stage: int,
-              like: nn.Parameter | None, device: torch.device, layers: Sequence[Any],
+              like: nn.Parameter | None, device: torch.device, model: WholeModel,
               readout: SharedReadout | None = None) -> StageHead:
     """The head of one stage, the same wherever the stage is placed.
 
@@ -36,20 +53,23 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         seed, stage: of its initial weights.
         like: a parameter whose type it takes.
         device: where it lives.
-        layers: of the whole model, as they were given to the pipeline module.
+        model: the whole of it.
         readout: this rank's, for a shared head (by default one of its own).
 
     Raises:
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
     chosen = name if name is not None else {2: "mlp", 3: "lm"}.get(as_tuple(outputs)[0].dim(), "mlp-sr")
-    copied, blocks = copied_layers(chosen), shared_blocks(chosen)
+    copied, blocks, depth = copied_layers(chosen), shared_blocks(chosen), auglocal_depth(chosen)
+    layers = model.layers
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
         if blocks is not None:
-            own = [_copy_of(layer) for layer in _last(layers, blocks + 1, chosen)[:-1]]
+            own = [_copy_of(layer, chosen) for layer in _last(layers, blocks + 1, chosen)[:-1]]
             head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
+        elif depth is not None:
+            head = StageHead(nn.Sequential(*_own_layers(model, stage, depth)), takes_all=True)
         elif copied:
-            copies = [_copy_of(layer) for layer in _last(layers, copied, chosen)]
+            copies = [_copy_of(layer, chosen) for layer in _last(layers, copied, chosen)]
             head = StageHead(nn.Sequential(*copies) if copied > 1 else copies[0], takes_all=True)
         else:
             head = build_head(chosen, outputs, count)
@@ -68,7 +88,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
 
 def make_readout(layers: Sequence[Any], like: nn.Parameter | None, device: torch.device) -> SharedReadout:
     """A read-only copy of the last of ``layers``, with the weights that this starts from."""
-    readout = SharedReadout(_copy_of(layers[-1]))
+    readout = SharedReadout(_copy_of(layers[-1], SHARED))
     _place(readout, like, device)
     return readout
 
@@ -83,11 +103,45 @@ def _last(layers: Sequence[Any], count: int, name: Any) -> Sequence[Any]:
     return layers[-count:]
 
 
-def _copy_of(layer: Any) -> nn.Module:
+def _own_layers(model: WholeModel, stage: int, most: int) -> list[nn.Module]:
+    """Copies of the layers that AugLocal's rule picks for ``stage``, and of the model's last one."""
+    body, last = model.layers[:-1], _copy_of(model.layers[-1], AUGLOCAL)
+    changes = [before != after for before, after in zip((None, *model.forms), model.forms[:-1])]
+    which = picked([_kind(layer) for layer in body], changes, model.bounds[stage + 1],
+                   depth_of(stage, len(model.bounds) - 1, most))
+    return [*(_between(body[index]) for index in which), last]
+
+
+def _kind(layer: Any) -> object:
+    """What is the same for two layers that do the same work, of whatever size."""
+    if isinstance(layer, LayerSpec):
+        return (layer.typename, *(argument for argument in layer.module_args if isinstance(argument, type)))
+    return type(layer) if isinstance(layer, nn.Module) else layer
+
+
+class _Function(nn.Module):
+    """A layer that is a function."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+def _between(layer: Any) -> nn.Module:
+    """A copy of a layer that need not have weights."""
+    if isinstance(layer, LayerSpec):
+        return _copy_of(layer, AUGLOCAL)
+    return plain_copy(layer) if isinstance(layer, nn.Module) else _Function(layer)
+
+
+def _copy_of(layer: Any, name: Any) -> nn.Module:
     if isinstance(layer, LayerSpec) and not isinstance(layer, TiedLayerSpec):
         built: nn.Module = layer.build()
         return built
     if isinstance(layer, nn.Module) and next(layer.parameters(), None) is not None:
-        return copy.deepcopy(layer)
-    raise ConfigError("decoupled.head", LAST_LAYER, f"{layer!r:.60}, among the model's last layers, has no weights of its own",
+        return plain_copy(layer)
+    raise ConfigError("decoupled.head", name, f"{layer!r:.60}, among the layers that it copies, has no weights of its own",
                       "Untie it, or take another head.")

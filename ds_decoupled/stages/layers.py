@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, map_tensors
 
 Layer = Callable[[Any], Any]
+Listener = Callable[[Layer, Any, Any], None]
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Layers:
         seeds: their random seeds.
         autocast: how they run.
         buffers: what they keep beside their weights.
+        listeners: are told of every layer that runs: it, what it was given, and what it made.
     """
 
     functions: Sequence[Layer]
@@ -34,6 +37,7 @@ class Layers:
     seeds: LayerSeeds
     autocast: Autocast = Autocast()
     buffers: Buffers = field(init=False)
+    listeners: list[Listener] = field(init=False, default_factory=list)
     _copy_input: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -45,9 +49,20 @@ class Layers:
         with self.autocast.forward():
             for index, layer in enumerate(self.functions, self.first):
                 self.seeds.set(index, micro_batch)
-                x = layer(x)
+                given, x = x, layer(x)
+                for listener in self.listeners:
+                    listener(layer, given, x)
         as_tuple(x)
         return x
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Within, ``listener`` is told of every layer that runs."""
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
 
     def keep_input(self, inputs: Tensors, micro_batch: int) -> Tensors:
         """:meth:`__call__`, leaving ``inputs`` as they are even if the first layer works in place.

@@ -32,11 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_decoupled.nn.heads import StageHead
+from ds_decoupled.nn.heads import StageHead, one_tensor
+from ds_decoupled.nn.reconstruction import reconstruction_loss
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.stage import Stage
+from ds_decoupled.stages.transport import Transport
 from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves
 
 _HEAD_SEED = 1 << 20  # past every layer's index
@@ -63,6 +65,7 @@ class LocalStage(Stage):
         window: stages whose losses reach a stage.
         above: stages above this one.
         own_loss: the stage's copy of a ``loss_fn`` that has a state; it learns with the head.
+        transport: the penalty that is part of its own loss, and goes wherever that goes; None for none.
     """
 
     handlers = {**Stage.handlers, Kind.HEAD: "on_head", Kind.RELAY: "on_relay"}
@@ -73,6 +76,10 @@ class LocalStage(Stage):
         self.above = self.shared.stages - 1 - self.index
         self.head: StageHead | None = None
         self.own_loss: nn.Module | None = None
+        self.transport = Transport(self.shared.transport) if self.shared.transport else None
+        self._entry: Tensor | None = None
+        if not self.is_last:
+            self._graph.transport = self.transport
         self._waiting: dict[int, _Waiting] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -107,13 +114,36 @@ class LocalStage(Stage):
             parameter.use_muon = False  # type: ignore[attr-defined]  # as those of heads
         self.loss_fn = self.own_loss
 
+    def rebuild_input(self) -> None:
+        """From now on its own loss is how well its head rebuilds its input; what the stage's labels are does not count."""
+        self.loss_fn = reconstruction_loss
+        if self.index == 0:  # ids cannot be rebuilt: the first layer's output stands for them
+            for layers in (self._graph.layers, self._all):
+                layers.listeners.append(self._note_entry)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether its head rebuilds its input."""
+        return self.loss_fn is reconstruction_loss
+
+    def _note_entry(self, layer: Any, given: Any, made: Any) -> None:
+        if layer is self._all.functions[0]:
+            self._entry = one_tensor(made).detach()
+
+    def _target(self, inputs: Tensors, labels: Any) -> Any:
+        """What the head's output is compared with."""
+        if not self.rebuilds:
+            return labels
+        entry, self._entry = self._entry, None
+        return one_tensor(inputs).detach() if entry is None else entry
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def on_head(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         """Forward, own loss, and its gradient to the input; the graph waits for losses above."""
         outputs = self.forward(micro_batch, inputs)
-        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels)
-        passed_on = self._graph.relay(micro_batch, grads) if self.index > 0 else None
+        loss, grads, head_grads = self._own_loss(micro_batch, outputs, self._target(inputs, labels))
+        passed_on = self._graph.relay(micro_batch, grads, self.scale) if self.index > 0 else None
         kept: list[Tensor | None] = [None] * len(grads) if self.farthest else list(grads)
         self._waiting[micro_batch] = _Waiting(kept, head_grads)
         return Outcome({Slot.OUTPUT: (outputs, labels), **self.down(passed_on, inputs, loss)}, loss, inputs=inputs)
@@ -154,20 +184,26 @@ class LocalStage(Stage):
             if self.stopped:
                 self._graph.drop(micro_batch)
             else:
-                self._graph.backward_to_weights(micro_batch, tuple(waiting.grads))
+                self._graph.backward_to_weights(micro_batch, tuple(waiting.grads), 0.0 if self.farthest else self.scale)
         self.weights.backward_done(micro_batch)
         if not self.stopped:
             for parameter, grad in zip(self.head_parameters, waiting.head_grads):
                 parameter.grad = _added(parameter.grad, grad)
         return (), passed_on
 
+    def _whole(self, inputs: Tensors, micro_batch: int) -> tuple[Tensors, list[Tensor]]:
+        if self.transport is None:
+            return super()._whole(inputs, micro_batch)
+        with self.transport.of(self._all) as penalties:
+            return self._all.keep_input(inputs, micro_batch), penalties
+
     def _alone(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         if self.stopped:
             return self._only_forward(micro_batch, inputs, labels)
         outputs = self.forward(micro_batch, inputs)
         self.in_flight.remove(micro_batch)
-        loss, grads, head_grads = self._own_loss(micro_batch, outputs, labels)
-        self._graph.backward_to_weights(micro_batch, grads)
+        loss, grads, head_grads = self._own_loss(micro_batch, outputs, self._target(inputs, labels))
+        self._graph.backward_to_weights(micro_batch, grads, self.scale)
         self.weights.backward_done(micro_batch)
         for parameter, grad in zip(self.head_parameters, head_grads):
             parameter.grad = _added(parameter.grad, grad)
@@ -209,7 +245,7 @@ class LocalStage(Stage):
         assert self.head is not None
         with torch.no_grad():
             outputs = self.plain_forward(micro_batch, inputs)
-            loss = self.loss(self._logits(outputs), labels)
+            loss = self.loss(self._logits(outputs), self._target(inputs, labels))
         return Outcome({Slot.OUTPUT: (detach(outputs), labels)}, loss, complete=True, inputs=inputs)
 
     def modules(self) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphSegment
-from ds_decoupled.stages.layers import Layer, Layers, backward, input_gradients
+from ds_decoupled.stages.layers import Layer, Layers, Listener, backward, input_gradients
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeSegment
@@ -42,6 +42,7 @@ class Shared:
         seeds: the layers' random seeds.
         autocast: how the layers run.
         farthest: whether a stage with losses of a window learns from the farthest of them alone.
+        transport: factor of the penalty on what residual layers add, in a stage's own loss.
         additional_losses: the module's losses beside the one that is learned from, by name, after a forward pass; None for none
             (:meth:`PipelineModule.get_additional_losses`). They are reported.
     """
@@ -52,6 +53,7 @@ class Shared:
     seeds: LayerSeeds
     autocast: Autocast = Autocast()
     farthest: bool = False
+    transport: float = 0.0
     additional_losses: Callable[[], Mapping[str, Tensor] | None] = lambda: None
 
 
@@ -169,15 +171,21 @@ class Stage:
         """The last stage's whole work on a micro-batch: forward, loss, and the backward of ``scale * loss``.
 
         Returns:
-            The loss (not scaled; the additional ones behind it), the input, and the gradients that reach it.
+            The loss (not scaled, without penalties; the additional ones behind it), the input, and the gradients that reach it.
         """
         self.peak_in_flight = max(self.peak_in_flight, 1)
         kept = leaves(inputs, self.index > 0)
         with self.seeds.scope(), torch.enable_grad():
-            loss = self.loss(self._all.keep_input(kept, micro_batch), labels)
-            if loss.requires_grad:
-                backward(loss * self.scale if self.scale != 1 else loss, (torch.ones_like(loss),))
+            outputs, penalties = self._whole(kept, micro_batch)
+            loss = self.loss(outputs, labels)
+            learned = sum(penalties, loss)
+            if learned.requires_grad:
+                backward(learned * self.scale if self.scale != 1 else learned, (torch.ones_like(learned),))
         return self._with_additional(loss.detach()), detach(kept), input_gradients(kept)
+
+    def _whole(self, inputs: Tensors, micro_batch: int) -> tuple[Tensors, list[Tensor]]:
+        """Through all layers, with a graph; and what is added to the loss for them."""
+        return self._all.keep_input(inputs, micro_batch), []
 
     def _with_additional(self, loss: Tensor) -> Tensor:
         additional = self.shared.additional_losses()
@@ -277,6 +285,12 @@ class Stage:
         """The stage's output, recording nothing: for evaluation and for the exact gradient (grad mode is the caller's)."""
         with self.seeds.scope(), self.deferred.paused() if self.deferred is not None else nullcontext():
             return self._all.keep_input(inputs, micro_batch)
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Within, :meth:`plain_forward` tells ``listener`` of every layer that runs."""
+        with self._all.listening(listener):
+            yield
 
     @property
     def buffers(self) -> Buffers:

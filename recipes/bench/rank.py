@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -20,8 +21,8 @@ from bench.plan import Configuration
 from bench.runner import Runner, build
 from ds_decoupled.nn.blocks import block_starts
 from ds_decoupled.profile import layer_times
-from ds_decoupled.stages.heads import make_head
-from ds_decoupled.tensors import Tensors
+from ds_decoupled.stages.heads import WholeModel, make_head
+from ds_decoupled.tensors import Form, Tensors
 from run.results import peak_memory_bytes
 from run.worlds import Parent
 
@@ -92,10 +93,12 @@ def profile(parent: Parent, model: Model) -> dict[str, list[float]]:
     sample, _ = next(model.batches())
     specs = model.specs()
 
-    def head(stage: int, given: Tensors, outputs: int) -> nn.Module:
-        return make_head(None, given, outputs, 0, stage, None, torch.device("cpu"), specs)
+    bounds = [*block_starts(specs), len(specs)]
 
-    times = layer_times(specs, sample, head, block_starts(specs)[1:])
+    def head(stage: int, given: Tensors, outputs: int, forms: Sequence[Form]) -> nn.Module:
+        return make_head(None, given, outputs, 0, stage, None, torch.device("cpu"), WholeModel(specs, bounds, forms))
+
+    times = layer_times(specs, sample, head, bounds[1:-1])
     last = len(times) - 1  # the last layer's stage goes forward and back at once
     alone = [t._replace(head=0.0) for t in times]
     costs = {cost: [t.cost(cost != "graph" and i < last) for i, t in enumerate(alone)]
