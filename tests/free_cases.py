@@ -71,7 +71,7 @@ def in_the_middle(case: dict[str, Any], folder: str) -> dict[str, Any]:
     rings = {s: ring.state_dict()["order"] for s, ring in engine.network.rings.items()}
     engine.train_batch(data)
     engine.drain()
-    return {"values": values, "same": same, "rings": rings == saved, "replica": 0, "updates": counts(engine)["updates"]}
+    return _leaving(engine, {"values": values, "same": same, "rings": rings == saved, "replica": 0})
 
 
 def data_that_end(case: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def data_that_end(case: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         engine.train_batch(fresh)
     engine.drain()
-    return {"calls": calls, "told": told, "seen": seen, "after": counts(engine), "replica": 0}
+    return _leaving(engine, {"calls": calls, "told": told, "seen": seen, "after": counts(engine), "replica": 0})
 
 
 def leave_early(case: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -176,11 +176,11 @@ def long(case: dict[str, Any]) -> dict[str, Any]:
     """Many calls of a fast rank before a slow one; the most that was ever held."""
     engine = engine_cases.build(case)
     data = endless(engine)
-    most, least = {"sent": 0, "sent_bytes": 0, "arrived": 0, "queued": 0}, 10**9
+    most = {"sent": 0, "sent_bytes": 0, "arrived": 0, "queued": 0}
     for _ in range(case["calls"] // (1 if engine.stage_id == 0 else case["slower"])):
         engine.train_batch(data)
         held = engine.network.held()
         most = {key: max(most[key], held[key]) for key in most}
     engine.drain()
     ring = engine.network.rings.get(engine.network.bottom)
-    return {**counts(engine), "most": most, "least": least, "ring": 0 if ring is None else len(ring.order.uses)}
+    return _leaving(engine, {**counts(engine), "most": most, "ring": 0 if ring is None else len(ring.order.uses)})

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import worlds
 from nets import batches
 
-from ds_decoupled.links import Message, RemoteReceiver, RemoteSender
+from ds_decoupled.links import Codecs, Message, RemoteReceiver, RemoteSender
 from ds_decoupled.shared_memory import left_behind
 
 UPDATES = 1500
@@ -76,7 +76,7 @@ def send_large(count: int) -> list[int]:
     cpu = torch.device("cpu")
     held = []
     if dist.get_rank() == 0:
-        sender = RemoteSender(1, group, cpu, ())
+        sender = RemoteSender(1, group, cpu, Codecs())
         before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         for m in range(count):
             sender.send(Message(m, (torch.zeros(1 << 20),)))
@@ -87,7 +87,7 @@ def send_large(count: int) -> list[int]:
             held.append(len(sender.under_way))
         grown = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") - before
         return [*held, grown >> 20]
-    receiver = RemoteReceiver(0, group, cpu, (), 20)
+    receiver = RemoteReceiver(0, group, cpu, Codecs(), 20)
     for m in range(count):
         receiver.expect([m])
         receiver.recv(m, "the test")

@@ -13,7 +13,7 @@ import worlds
 from nets import batches
 
 from ds_decoupled.errors import LinkError
-from ds_decoupled.links import Message, RemoteReceiver, RemoteSender
+from ds_decoupled.links import Codecs, Message, RemoteReceiver, RemoteSender
 
 
 def send_until_full(queue: int) -> int:
@@ -22,7 +22,7 @@ def send_until_full(queue: int) -> int:
     group = dist.new_group([0, 1])
     cpu = torch.device("cpu")
     if dist.get_rank() == 0:
-        sender = RemoteSender(1, group, cpu, (), timeout=0.5, queue=queue)
+        sender = RemoteSender(1, group, cpu, Codecs(), timeout=0.5, queue=queue)
         sent = 0
         with pytest.raises(LinkError, match="did not take a message within 0.5 s"):
             for m in range(100):
@@ -37,7 +37,7 @@ def send_until_full(queue: int) -> int:
         assert sender.under_way.peak <= queue + 1
         return sent
     dist.barrier()
-    receiver = RemoteReceiver(0, group, cpu, (), 20)
+    receiver = RemoteReceiver(0, group, cpu, Codecs(), 20)
     receiver.expect(range(20))
     for m in range(20):
         assert receiver.recv(m, "the test") is not None

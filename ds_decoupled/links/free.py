@@ -166,7 +166,7 @@ class FreeReceiver(RemoteReceiver):
             try:
                 # Whatever number it has.
                 self.expect([0])
-                self._take_in(f"a message of rank {self.peer}")
+                self._take_in(f"this rank was listening to rank {self.peer}")
             except PeerError as error:
                 self._failed(error)
                 self._failure = None  # it has been told, and what follows is the farewell
@@ -196,6 +196,10 @@ class FreeReceiver(RemoteReceiver):
         with self.changed:
             self.failure = self.failure or error
             self.changed.notify_all()
+
+    @property
+    def _silent(self) -> str:
+        return "that rank is gone"
 
     def _start(self, buffer: Tensor) -> Any:
         return self.group.recv([buffer], self._place, 0)

@@ -190,6 +190,10 @@ class RemoteReceiver:
         """Messages that came and were not asked for yet; a buffer for the next one is not counted."""
         return len(self.arrived)
 
+    @property
+    def _silent(self) -> str:
+        return f"nothing came within {self.timeout.total_seconds():g} s, or that rank is gone"
+
     def _take_in(self, what: str) -> None:
         """Wait for one buffer: a message, the announcement of a size, the end of the data, or why the sender failed."""
         self._raise_if_failed(what)
@@ -199,8 +203,7 @@ class RemoteReceiver:
         try:
             work.wait(self.timeout)
         except RuntimeError as error:
-            raise LinkError(f"{what}: nothing came within {self.timeout.total_seconds():g} s, or that rank is gone "
-                            f"({first_line(error)})") from error
+            raise LinkError(f"{what}: {self._silent} ({first_line(error)})") from error
         self._posted = None
         # gloo does not say how much came: the header does (see links/message.py).
         size = wire.read_size(buffer)
