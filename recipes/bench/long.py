@@ -63,6 +63,7 @@ def watch(parent: Parent, method: str, net: str, updates: int) -> None:
     engine.drain()
     if method != "backprop":
         parent.tell(asdict(_look(engine, updates + 1)))
+        engine.network.leave()  # a rank of a world ends without what Python does at exit
 
 
 def _look(engine: Any, update: int) -> Look:
