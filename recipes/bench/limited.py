@@ -55,8 +55,9 @@ def read_method(text: str, k: int, layers: int) -> Configuration:
         return Configuration(name, RANKS, k)
     if METHODS[name].runner != "engine":
         raise ConfigError("--methods", text, "DeepSpeed's own pipelines send tensors as they are", f"Take {name}")
-    parse_block({"decoupled": {**METHODS[name].block, "codec": codec}})
-    return Configuration(name, RANKS, k, codec)
+    configuration = Configuration(name, RANKS, k, codec)
+    parse_block({"decoupled": {**METHODS[name].block, **configuration.links}})
+    return configuration
 
 
 def serve(parent: Parent, names: tuple[str, str], port: int, configuration: Configuration, model: Model,

@@ -85,6 +85,13 @@ class Configuration:
         name = ONE_RANK_LABELS.get(self.method, name) if self.ranks == 1 else name
         return name if self.codec == "none" else f"{name}, {self.codec}"
 
+    @property
+    def links(self) -> dict[str, Any]:
+        """Settings of the ``decoupled`` block for its codec; ``vq`` is one of activations alone."""
+        if self.codec == "none":
+            return {}
+        return {"codec": {"forward": "vq"} if self.codec == "vq" else self.codec}
+
     def __str__(self) -> str:
         return f"{self.label}, P={self.ranks}, k={self.k}"
 

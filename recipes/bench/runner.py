@@ -102,7 +102,7 @@ def build(configuration: Configuration, model: Model, bounds: list[int], *, bloc
         warm_up = math.ceil(2 * len(layers) / k) + 1 if method.runner == "bare-petra" else 2
         return Runner(loop(layers, batches, k, partial(torch.optim.SGD, **optimizer), model.loss()), max(2, warm_up))
 
-    override = ({} if configuration.codec == "none" else {"codec": configuration.codec}) | dict(block or {})
+    override = configuration.links | dict(block or {})
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": model.micro_batch, "gradient_accumulation_steps": k,
                               "gradient_clipping": 0.0, "optimizer": {"type": "SGD", "params": dict(optimizer)},
                               "steps_per_print": 10**9, "decoupled": {"method": "backprop", **method.block, **override}}
