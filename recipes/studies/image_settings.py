@@ -95,6 +95,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "int4-rotated": {"codec": "int4-rotated"},
     "vq 8x (D = 2)": {"codec": "vq", "vq": {"group": 2, "codebook": 256}},
     "vq 16x (D = 4)": {"codec": "vq", "vq": {"group": 4, "codebook": 256}},
+    "residual vq 16x (D = 4, K = 16, 2 levels)": {"codec": "vq", "vq": {"group": 4, "codebook": 16, "levels": 2}},
     "vq 32x (D = 8)": {"codec": "vq", "vq": {"group": 8, "codebook": 256}},
     "vq 64x (D = 16)": {"codec": "vq", "vq": {"group": 16, "codebook": 256}},
     "residual vq 16x (D = 8, 2 levels)": {"codec": "vq", "vq": {"group": 8, "codebook": 256, "levels": 2}},
