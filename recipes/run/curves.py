@@ -11,12 +11,13 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, Curves],
-                by_stage: dict[str, Curves] | None = None) -> None:
+                by_stage: dict[str, Curves] | None = None, whole: bool = True) -> None:
     """One picture.
 
     Args:
         axes: the left axis's name and its curves; if there is a second one, the right axis's.
         by_stage: panels below, with one curve a stage; those without curves are left out.
+        whole: whether only whole numbers are marked on the x axis.
     """
     import matplotlib
 
@@ -48,7 +49,8 @@ def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, Curves],
         panel.set_ylabel(axis_name)
         panel.legend(fontsize="small", ncols=2)
     (panels or [first])[-1].set_xlabel(x_name)
-    first.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if whole:
+        first.xaxis.set_major_locator(MaxNLocator(integer=True))
     first.set_title(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -72,4 +72,4 @@ def draw(runs: Runs, path: Path, title: str) -> None:
     for line, points in found.items():
         at = xs if None in points else sorted(x for x in points if x is not None)
         curves[line] = [(x, 100 * fmean(run["test_accuracy"] for run in points[None if None in points else x])) for x in at]
-    plot_curves(path, title, "slow-down S of one stage", {"test accuracy, %": curves})
+    plot_curves(path, title, "slow-down S of one stage", {"test accuracy, %": curves}, whole=False)
