@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-Gradient = Literal["global", "local"]
+Gradient = Literal["global", "local", "auxiliary"]
 Recover = Literal["graph", "input", "reconstruct"]
 Weights = Literal["current", "stashed", "predicted"]
 Update = Literal["flush", "delayed"]
-Input = Literal["stream", "replay"]
+Input = Literal["stream", "replay", "auxnet"]
 Pace = Literal["ticks", "clock", "free"]
+Kappa = Literal["zero", "kept", "predicted"]
 
 AXES: dict[str, tuple[str, ...]] = {
     "gradient": get_args(Gradient),
@@ -34,7 +35,8 @@ class Axes:
 
     ``hops = (a, b)``: ticks that a message takes from stage to stage, forward and backward. ``window``: stages whose losses
     reach a stage, its own among them; 0 with a global gradient. ``pace``: where the order of actions comes from
-    (:data:`ds_decoupled.runners.RUNNERS`).
+    (:data:`ds_decoupled.runners.RUNNERS`). ``kappa``: with generated inputs, where their multipliers come from
+    (:mod:`ds_decoupled.stages.auxiliary`); "zero" elsewhere.
     """
 
     gradient: Gradient
@@ -45,6 +47,7 @@ class Axes:
     hops: tuple[int, int]
     window: int = 0
     pace: Pace = field(default="ticks", repr=False)
+    kappa: Kappa = field(default="zero", repr=False)
 
     @property
     def flush(self) -> bool:
@@ -69,11 +72,13 @@ PRESETS: dict[str, Axes] = {
     "dgl": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=1),
     "overlapping": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=2),
     "dgl_async": Axes("local", "graph", "current", "delayed", "replay", (0, 1), window=1, pace="free"),
+    "auxnet_penalty": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1)),
+    "auxnet_lagrangian": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1), kappa="predicted"),
 }
 
 
 def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None = None, window: int | None = None,
-            pace: Pace | None = None) -> Axes:
+            pace: Pace | None = None, kappa: Kappa | None = None) -> Axes:
     """The preset ``method`` with a user's overrides.
 
     Args:
@@ -82,11 +87,16 @@ def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None
         hops: None leaves the preset's, or takes those of a flush.
         window: with local gradients; None leaves the preset's, or takes 1 where it has none.
         pace: None takes the one that goes with the input: stages with a replay ring run free, others by ticks.
+        kappa: with generated inputs; None leaves the preset's.
     """
     axes = replace(PRESETS[method], **{name: value for name, value in chosen.items() if value is not None})
     if hops is not None or axes.flush:
         axes = replace(axes, hops=hops or FLUSH_HOPS)
     axes = replace(axes, pace=pace or ("free" if axes.input == "replay" else "ticks"))
+    if axes.input == "auxnet":
+        axes = replace(axes, kappa=kappa or axes.kappa)
+    else:
+        axes = replace(axes, kappa="zero")
     if axes.gradient != "local":
         return replace(axes, window=0)
     return replace(axes, window=window or axes.window or 1)

@@ -31,14 +31,15 @@ from ds_decoupled.schedules.asynchronous import OwnPace
 from ds_decoupled.schedules.replay import Replay
 from ds_decoupled.schedules.turns import Clock
 from ds_decoupled.settings import check_choice, read_json
+from ds_decoupled.settings.auxnet import AuxNetSettings, auxnet_object, check_auxnet
 from ds_decoupled.settings.belongs import check_belongs
 from ds_decoupled.settings.blocks import STRICT, Words, read_model
 from ds_decoupled.settings.codecs import CODEC_NAMES, CodecName, CodecSettings, VectorSettings, both_ways, vectors
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.table import BLOCK
 
-__all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "Axes", "CodecName", "CodecSettings", "CompileSettings",
-           "DecoupledConfig", "VectorSettings", "block_of", "check_bounds", "parse_block", "read_json"]
+__all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "AuxNetSettings", "Axes", "CodecName", "CodecSettings",
+           "CompileSettings", "DecoupledConfig", "VectorSettings", "block_of", "check_bounds", "parse_block", "read_json"]
 
 #: Bounds of what makes sense. A stage keeps up to ``(a+b)(J-1)+1`` micro-batches, and needs a layer of its own.
 MOST_HOPS = 1_000
@@ -208,6 +209,7 @@ class DecoupledConfig(BaseModel):
             evaluation mode.
         codec: how floating-point payloads travel between ranks: a name, or an object of :class:`CodecSettings`' attributes.
         vq: an object of :class:`VectorSettings`' attributes.
+        auxnet: how stages' inputs are generated: an object of :class:`AuxNetSettings`' attributes.
         split_backward: send a gradient down before the weights' own gradients are computed.
         compile: ``torch.compile`` the layers: true, or an object of :class:`CompileSettings`' attributes.
         lr_by_delay: updates over which the damping of late stages' learning rates fades (PipeMare's T1,
@@ -256,6 +258,8 @@ class DecoupledConfig(BaseModel):
         "a number of updates for each stage, 0 for a frozen one", "null is for a stage that never stops.")] = None
     codec: Annotated[CodecSettings, BeforeValidator(both_ways), Words(hint="Leave it out for none.")] = CodecSettings()
     vq: Annotated[VectorSettings, BeforeValidator(vectors), Words(hint="Leave it out for the defaults.")] = VectorSettings()
+    auxnet: Annotated[AuxNetSettings, BeforeValidator(auxnet_object), Words(
+        hint="Leave it out for the defaults.")] = AuxNetSettings()
     split_backward: bool = False
     compile: Annotated[CompileSettings | None, BeforeValidator(_on_or_block), Words(hint="Leave it out for none.")] = None
     lr_by_delay: Annotated[int, Field(ge=0), Words(
@@ -273,9 +277,12 @@ class DecoupledConfig(BaseModel):
         """The axes, once; and every setting that was given has an effect there."""
         settings = {name: getattr(self, name) for name in DecoupledConfig.model_fields}
         hops = None if self.hops is None else (self.hops[0], self.hops[1])
-        self._axes = resolve(self.method, {name: settings[name] for name in AXES}, hops, self.window, self.pace)
+        self._axes = resolve(self.method, {name: settings[name] for name in AXES}, hops, self.window, self.pace,
+                             self.auxnet.kappa)
         given = {name: value for name, value in settings.items() if value != DecoupledConfig.model_fields[name].default}
         check_belongs(self._axes, given, settings)
+        if self._axes.input == "auxnet":
+            check_auxnet(self.auxnet, self._axes.kappa)
         return self
 
     def axes(self) -> Axes:
@@ -292,6 +299,11 @@ class DecoupledConfig(BaseModel):
         return OwnPace(Replay(ring.size, ring.cap, ring.authors_ring),
                        Clock(clock.seed, None if clock.durations is None else tuple(clock.durations),
                              None if self.slow_down is None else tuple(self.slow_down), clock.warm_start))
+
+    @property
+    def sweeps(self) -> int:
+        """Of a micro-batch over all stages, where inputs are generated; 0 elsewhere."""
+        return self.auxnet.sweeps if self._axes.input == "auxnet" else 0
 
     @property
     def is_plain_backprop(self) -> bool:

@@ -3,7 +3,7 @@
 ::
 
     DeepSpeed makes the module's groups, puts it on its device
-      configure_optimizers -> stages -> plan -> links -> heads -> optimizers
+      configure_optimizers -> stages -> plan -> links -> heads or AuxNet -> optimizers
       configure_lr_schedulers
     workers -> runner
 """
@@ -23,6 +23,7 @@ from ds_decoupled.feed import Feed
 from ds_decoupled.instructions import instruction_map
 from ds_decoupled.links import codecs_of
 from ds_decoupled.losses import Losses
+from ds_decoupled.norm_statistics import NormStatistics
 from ds_decoupled.optim import (
     StageOptimizer,
     StageOptimizers,
@@ -35,15 +36,17 @@ from ds_decoupled.passes import Passes
 from ds_decoupled.runners import RUNNERS
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.settings.placed import check_local
-from ds_decoupled.stages import Stage, check_reconstruct
+from ds_decoupled.stages import Stage
 from ds_decoupled.stages.autocast import autocast_of
+from ds_decoupled.stages.auxiliary import AuxiliaryStage
+from ds_decoupled.stages.auxnet_builder import build_auxnet
 from ds_decoupled.stages.building import build_stages, seeds_of
 from ds_decoupled.stages.compiled import outlives_updates
 from ds_decoupled.stages.head_builder import build_heads
 from ds_decoupled.stages.worker import Worker
-from ds_decoupled.start_checks import check_experts, check_loss, check_sparse, check_zero
+from ds_decoupled.start_checks import check_experts, check_loss, check_reconstruct, check_sparse, check_zero
 from ds_decoupled.step_log import StepLog
-from ds_decoupled.watchers import Breakdown, GradientTracker, Watcher
+from ds_decoupled.watchers import AuxNetCost, Breakdown, GradientTracker, Watcher
 
 
 class ConstructedEngine(compat.PipelineEngineBase):
@@ -72,8 +75,9 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
 
     def _make_stages(self) -> None:
-        """Stages, the plan, the links and the heads, in this order: a head is built from what its stage gives. A collective
-        call."""
+        """Stages, the plan, the links, and heads or an AuxNet, in this order: these are built from what stages give.
+
+        A collective call."""
         module, grid, axes, block = self.module, self.mpu, self.axes, self.decoupled
         rank = grid.get_pipe_parallel_rank()
         self.seeds = seeds_of(module, grid, self.device)
@@ -87,7 +91,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self.plan = Plan.make(self.placement, hops=axes.hops, k=self.gradient_accumulation_steps(), recover=axes.recover,
                               flush=axes.flush, split_backward=block.split_backward, window=axes.window,
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
-                              farthest=block.losses == "farthest", family=axes.gradient)
+                              farthest=block.losses == "farthest", family=axes.gradient,
+                              sweeps=block.sweeps)
         replay = block.own_pace().replay if axes.input == "replay" else None
         self.network = RUNNERS[axes.pace].network_class(
             grid, self.placement, rank, self.device,
@@ -99,23 +104,29 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self._refreshes = build_heads(self.stages, self.passes, module, block, grid=grid,
                                       bounds=self.placement.stage_bounds, seeds=self.seeds,
                                       micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
+        build_auxnet(self.stages, self.passes, module, block, seeds=self.seeds, replicas=self.network.replicas,
+                     micro_batch=self.train_micro_batch_size_per_gpu(), dtype=dtype)
 
     def _queue(self) -> int:
         """Messages that may be on their way to a neighbour."""
         if self.axes.window == 1:  # nothing comes back, so that nothing else keeps a rank from running ahead of the next
             return self.decoupled.queue + self.axes.hops[0]
         # The plan keeps neighbours within the longest delay of one another, so no more than delay + 1 messages (of each loss
-        # that comes down) can be waited for, with an announcement each. Half as many again is never in the way, and bounds
-        # what is held where the machine is so busy that the backend is slow to say that a message was taken.
+        # that comes down, and in each sweep) can be waited for, with an announcement each. Half as many again is never in the
+        # way, and bounds what is held where the machine is so busy that the backend is slow to say that a message was taken.
         delay = max(self.plan.ticks.delay(s) for s in range(self.placement.stages))
-        return 3 * (delay + 2) * max(1, self.axes.window - 1)
+        return 3 * (delay + 2) * max(1, self.axes.window - 1, self.plan.sweeps)
 
     def _make_workers(self) -> None:
         """What acts, and who decides when."""
         block, top = self.decoupled, max(self.stages)
         breakdown = Breakdown(self.global_rank, self.stage_id) if self.wall_clock_breakdown() else None
         tracker = GradientTracker(self.passes, block.track_gradients) if block.track_gradients else None
-        self.watchers: list[Watcher] = [watcher for watcher in (breakdown, tracker) if watcher is not None]
+        auxiliary = {s: stage for s, stage in self.stages.items() if isinstance(stage, AuxiliaryStage)}
+        cost = AuxNetCost(auxiliary) if auxiliary else None
+        self._before_evaluation = [NormStatistics(self.passes, list(auxiliary.values()), block.auxnet.norm_batches)
+                                   ] if auxiliary else []
+        self.watchers: list[Watcher] = [watcher for watcher in (breakdown, tracker, cost) if watcher is not None]
         self.workers = {s: Worker(stage, self.stage_optimizers[s], self.network.queues(s),
                                   self.losses.add if s == top else None, self.watchers,
                                   None if block.stop_after is None else block.stop_after[s])
@@ -128,6 +139,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
             pace=block.own_pace())
         for index, stage in self.stages.items():
             stage.returns_input = index - 1 in self.plan.wants_output
+            stage.follow(self.stage_optimizers[index].part_of_peak)
         self.instruction_map = instruction_map(self.runner.act)
         self._set_k()
         self.step_log = StepLog(self, breakdown)

@@ -164,12 +164,17 @@ class DecoupledPipelineEngine(ConstructedEngine):
     # -- evaluation -------------------------------------------------------------------------------------------------------
 
     def eval_batch(self, data_iter: Iterator[Any], return_logits: bool = False, compute_loss: bool = True,
-                   reduce_output: str | None = "avg", bcast_loss: bool = True, num_micro_batches: int | None = None) -> Any:
+                   reduce_output: str | None = "avg", bcast_loss: bool = True, num_micro_batches: int | None = None,
+                   from_stage: int = 0) -> Any:
         """Evaluate ``num_micro_batches`` (by default k) micro-batches with the weights as they are.
 
         Works at any time; what is in flight is left untouched. Micro-batches may have any size. Arguments and result are
         DeepSpeed's; only the first stage's ranks need the iterator. With ``reduce_output=None`` the ranks of the last stage
         get the list of losses, the others None.
+
+        Args:
+            from_stage: with generated inputs, the first stage that acts itself, on its own generated input; by default 0: the
+                serial network.
 
         Raises:
             StopIteration, BatchError, PeerError: as :meth:`train_batch`, on every rank in the same call.
@@ -178,11 +183,18 @@ class DecoupledPipelineEngine(ConstructedEngine):
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         if count < 1:
             raise ValueError(f"eval_batch(num_micro_batches={num_micro_batches}): at least 1 is needed")
+        stages = self.placement.stages if self.axes.input == "auxnet" else 1
+        if not 0 <= from_stage < stages:
+            raise ValueError(f"eval_batch(from_stage={from_stage}): "
+                             + (f"from 0 to {stages - 1}" if stages > 1 else "no input is generated"))
         with self._failure_told():
             self._check_hooks()
             self.module.eval()
+            for part in self._before_evaluation:
+                part.before_evaluation()
             source = partial(self.feed.next, data_iter, self.batch_fn, "eval_batch")
-            results, error = evaluate(self.passes, count, source, ask_heads=self.decoupled.ensemble, compute_loss=compute_loss)
+            results, error = evaluate(self.passes, count, source, ask_heads=self.decoupled.ensemble, compute_loss=compute_loss,
+                                      from_stage=from_stage)
             error = error_of_group(error, self._replicas, self.device)
         if error is not None:
             raise error

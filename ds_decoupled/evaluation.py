@@ -16,7 +16,7 @@ from ds_decoupled.tensors import Tensors
 
 
 def evaluate(passes: Passes, count: int, source: Callable[[], MicroBatch], *, ask_heads: bool,
-             compute_loss: bool) -> tuple[list[tuple[Any, Tensors]], Exception | None]:
+             compute_loss: bool, from_stage: int = 0) -> tuple[list[tuple[Any, Tensors]], Exception | None]:
     """Take ``count`` micro-batches through all stages; every rank must call it.
 
     Args:
@@ -24,6 +24,7 @@ def evaluate(passes: Passes, count: int, source: Callable[[], MicroBatch], *, as
         count: micro-batches, of any size.
         source: gives the next one on the first rank.
         ask_heads: take the mean of all heads' probabilities.
+        from_stage: the first stage that acts itself; what those below it give is generated.
         compute_loss: whether losses are wanted, or the outputs in their place.
 
     Returns:
@@ -35,6 +36,8 @@ def evaluate(passes: Passes, count: int, source: Callable[[], MicroBatch], *, as
     last = next((stage for stage in passes.stages.values() if stage.is_last), None)
 
     def through(stage: Stage, x: Tensors, beside: list[Any]) -> Tensors:
+        if stage.index < from_stage:
+            return stage.generate(number, x)
         outputs = stage.plain_forward(number, x)
         if ask_heads:
             beside[1:] = [*beside[1:], *stage.votes(outputs)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE
 
+from ds_decoupled.axes import Axes
 from ds_decoupled.collectives import together
 from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
@@ -88,3 +89,22 @@ def check_loss(loss_fn: Any, stages: Mapping[int, Stage]) -> None:
             error = ConfigError("loss_fn", type(loss_fn).__name__, f"it shares parameters with stage {shared[0]}, and the last "
                                 "stage, which has the loss, steps at another time", "Give the loss parameters of its own.")
     _raise(error)
+
+
+def check_reconstruct(any_reversible: bool, axes: Axes, layer_names: Sequence[Sequence[str]]) -> None:
+    """``reconstruct`` with no layer that can be inverted is a mistake.
+
+    Args:
+        any_reversible: whether any stage of any rank has a layer that can be inverted.
+        axes: the method.
+        layer_names: the layers' types, by stage.
+
+    Raises:
+        ConfigError: naming the layers and what to take instead.
+    """
+    if axes.recover != "reconstruct" or any_reversible:
+        return
+    names = dict.fromkeys(name for stage in layer_names for name in stage)
+    raise ConfigError("decoupled.recover", "reconstruct", f"no layer of this model can be inverted: {', '.join(names)}",
+                      'Wrap residual functions in ds_decoupled.nn.ReversibleCoupling, give a layer an "inverse", '
+                      'or take "recover": "input" (method "dsp")')

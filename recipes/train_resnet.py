@@ -91,10 +91,10 @@ def load(args: argparse.Namespace, holds_data: bool) -> tuple[ImageData | None, 
     return images, facts
 
 
-def evaluate(engine: Any, test: Samples | None, count: int, micro_batch: int) -> float:
+def evaluate(engine: Any, test: Samples | None, count: int, micro_batch: int, **options: Any) -> float:
     """Share of the ``count`` test images that the model classifies rightly, on every rank; a collective call."""
     batches = None if test is None else in_order(test, micro_batch)
-    logits = run.evaluation.evaluate(engine, batches, -(-count // micro_batch), compute_loss=False)
+    logits = run.evaluation.evaluate(engine, batches, -(-count // micro_batch), compute_loss=False, **options)
     accuracy = math.nan
     if test is not None and logits is not None:
         guesses = torch.cat(logits)[:count].argmax(dim=1).cpu()
@@ -156,6 +156,11 @@ def train(args: argparse.Namespace) -> None:
 
     trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every)
     losses, accuracies = trained.progress.train_loss, trained.progress.score
+    generated: dict[str, Any] = {}
+    if "auxnet" in engine.decoupled_summary():
+        own = (None if images is None else images.test, facts.test_count, micro_batch)
+        generated = {"accuracy_from_stage": [evaluate(engine, *own, from_stage=s) for s in range(engine.placement.stages)],
+                     "mismatch": trained.progress.stage_curves("mismatch")}
     summary = summarize(
         args, setup, engine, trained,
         model=args.model,
@@ -165,6 +170,7 @@ def train(args: argparse.Namespace) -> None:
         epochs=epochs,
         test_accuracy=accuracies[-1],
         curves={"train_loss": losses, "test_accuracy": accuracies},
+        **generated,
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
     )
     report(
@@ -173,7 +179,8 @@ def train(args: argparse.Namespace) -> None:
         {"training loss": {"training loss": losses}, "test accuracy": {"test accuracy": accuracies}},
         f"test accuracy {summary['test_accuracy']:.2%}, training loss {summary['train_loss']:.4f}, "
         f"{summary['samples_per_second']:.0f} samples/s, peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
-        by_stage={"training accuracy by the stage's head": trained.progress.stage_curves("accuracy")},
+        by_stage={"training accuracy by the stage's head": trained.progress.stage_curves("accuracy"),
+                  **({"mismatch of generated inputs": generated["mismatch"]} if generated else {})},
     )
 
 

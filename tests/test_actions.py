@@ -33,8 +33,8 @@ def test_not_an_action(text: str) -> None:
 
 
 def test_unknown_kind_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'3Q7': no action kind 'Q'; there are L, F, X, H, G, B, C, R, W, U, SA"):
-        parse_action("3Q7")
+    with pytest.raises(ValueError, match="'3Y7': no action kind 'Y'; there are L, F, X, H, G, B, C, R, N, P, Q, T, W, U, SA"):
+        parse_action("3Y7")
 
 
 def test_kinds() -> None:

@@ -26,44 +26,45 @@ OTHER: dict[str, Any] = {
     "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
     "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "vq": {"group": 4}, "split_backward": True, "compile": True, "lr_by_delay": 10,
-    "track_gradients": 2, "timeout": 60,
+    "track_gradients": 2, "timeout": 60, "auxnet": {"fit": 2.0},
 }
 BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"},
                                      "vq": {"codec": {"forward": "vq"}}}
 
 #: x: refused. Of the axes, the value of OTHER, where the preset has another.
 TABLE = """
-                  backprop reversible pipedream delayed dsp petra dgl overlapping dgl_async
-stages               .         .          .        .     .    .    .       .           .
-partition            .         .          .        .     .    .    .       .           .
-hops                 x         x          .        .     .    .    .       .           x
-gradient             x         x          x        .     x    x    .       .           .
-recover              .         .          .        .     .    .    x       x           x
-weights              x         x          .        .     .    .    x       x           x
-update               .         .          x        .     .    .    x       x           x
-input                x         x          x        x     x    x    .       x           .
-pace                 x         x          x        x     x    x    x       x           .
-replay               x         x          x        x     x    x    x       x           .
-clock                x         x          x        x     x    x    x       x           .
-slow_down            x         x          x        x     x    x    x       x           .
-window               x         x          x        x     x    x    .       .           x
-losses               x         x          x        x     x    x    .       .           .
-head                 x         x          x        x     x    x    .       .           .
-head_refresh         x         x          x        x     x    x    .       .           x
-transport            x         x          x        x     x    x    .       .           .
-ensemble             x         x          x        x     x    x    .       .           .
-input_shape          x         x          x        x     x    x    .       .           .
-queue                x         x          x        x     x    x    .       x           .
-stage_lr             x         .          .        .     .    .    .       .           .
-stage_schedulers     x         .          .        .     .    .    .       .           .
-stop_after           x         x          x        x     x    x    .       .           .
-codec                x         .          .        .     .    .    .       .           .
-vq                   x         .          .        .     .    .    .       .           .
-split_backward       x         .          .        .     .    .    x       x           x
-compile              x         .          .        .     .    .    .       .           .
-lr_by_delay          x         x          .        .     .    .    x       .           x
-track_gradients      x         .          .        .     .    .    .       .           x
-timeout              x         .          .        .     .    .    .       .           .
+                  backprop reversible pipedream delayed dsp petra dgl overlapping dgl_async auxnet_penalty auxnet_lagrangian
+stages               .         .          .        .     .    .    .       .           .           .              .
+partition            .         .          .        .     .    .    .       .           .           .              .
+hops                 x         x          .        .     .    .    .       .           x           x              x
+gradient             x         x          x        .     x    x    .       .           .           x              x
+recover              .         .          .        .     .    .    x       x           x           x              x
+weights              x         x          .        .     .    .    x       x           x           x              x
+update               .         .          x        .     .    .    x       x           x           x              x
+input                x         x          x        x     x    x    .       x           .           x              x
+pace                 x         x          x        x     x    x    x       x           .           x              x
+replay               x         x          x        x     x    x    x       x           .           x              x
+clock                x         x          x        x     x    x    x       x           .           x              x
+slow_down            x         x          x        x     x    x    x       x           .           x              x
+window               x         x          x        x     x    x    .       .           x           x              x
+losses               x         x          x        x     x    x    .       .           .           x              x
+head                 x         x          x        x     x    x    .       .           .           x              x
+head_refresh         x         x          x        x     x    x    .       .           x           x              x
+transport            x         x          x        x     x    x    .       .           .           x              x
+ensemble             x         x          x        x     x    x    .       .           .           x              x
+input_shape          x         x          x        x     x    x    .       .           .           .              .
+queue                x         x          x        x     x    x    .       x           .           x              x
+stage_lr             x         .          .        .     .    .    .       .           .           .              .
+stage_schedulers     x         .          .        .     .    .    .       .           .           .              .
+stop_after           x         x          x        x     x    x    .       .           .           x              x
+codec                x         .          .        .     .    .    .       .           .           .              .
+vq                   x         .          .        .     .    .    .       .           .           .              .
+split_backward       x         .          .        .     .    .    x       x           x           x              x
+compile              x         .          .        .     .    .    .       .           .           .              .
+lr_by_delay          x         x          .        .     .    .    x       .           x           x              x
+track_gradients      x         .          .        .     .    .    .       .           x           .              .
+timeout              x         .          .        .     .    .    .       .           .           .              .
+auxnet               x         x          x        x     x    x    x       x           x           .              .
 """
 
 
@@ -191,7 +192,7 @@ def test_what_is_taken_is_read() -> None:
 def documented() -> dict[str, tuple[str, str]]:
     """By setting: the file that documents it, and where that says it belongs."""
     found: dict[str, tuple[str, str]] = {}
-    for path in (REPO / "README.md", REPO / "docs" / "local_losses.md", REPO / "docs" / "replay.md"):
+    for path in (REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("local_losses", "replay", "auxnet"))):
         column = None
         for line in path.read_text().splitlines():
             cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []

@@ -32,13 +32,16 @@ def test_presets() -> None:
         dgl         local   graph        current  delayed  stream  0,1  1
         overlapping local   graph        current  delayed  stream  0,1  2
         dgl_async   local   graph        current  delayed  replay  0,1  1
+        auxnet_penalty    auxiliary  graph  current  delayed  auxnet  0,1  0
+        auxnet_lagrangian auxiliary  graph  current  delayed  auxnet  0,1  0
     """
     rows = [line.split() for line in table.strip().splitlines()]
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
         pace = "free" if name == "dgl_async" else "ticks"
-        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace)
+        assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace,
+                                                          "predicted" if name == "auxnet_lagrangian" else "zero")
 
 
 def test_defaults() -> None:

@@ -53,7 +53,8 @@ def test_every_action_of_every_method_is_drawn(name: str, stages: int, ranks: in
     axes = PRESETS[name]
     plan = Plan.make(Placement.of(stages, ranks), hops=axes.hops, k=2, recover=axes.recover, flush=axes.flush,
                      window=axes.window and (window or axes.window),
-                     split_backward=not axes.window and not axes.flush and not window)
+                     split_backward=axes.gradient == "global" and not axes.flush and not window,
+                     sweeps=(axes.input == "auxnet") * (window or 1))
     run = simulate(plan, 2)
     timeline(run, tmp_path / "a.svg")
     drawn = [event.action.kind for event in run.events if event.end > event.start]

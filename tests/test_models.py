@@ -12,7 +12,8 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
 from ds_decoupled.nn import ReversibleCoupling, block_starts
 
-RESIDUAL = [name for name in MODELS if name != "cnn6"]
+RESIDUAL = [name for name in MODELS if name.startswith("revnet") or name in ("resnet18", "resnet34", "resnet50")]
+SMALL = [name for name in MODELS if name != "cnn6" and name not in RESIDUAL]
 
 
 def build(name: str, **options: Any) -> nn.Sequential:
@@ -71,6 +72,31 @@ def test_shapes(name: str, data: str, size: int, first: int, last: int) -> None:
     assert shapes[0] == (2, 4, first, first)
     assert shapes[-2] == (2, 32 * expansion, last, last)
     assert shapes[-1] == (2, 7)
+
+
+# ResNet-20 and 110 as counted on the common PyTorch re-implementation of the paper's option A; the WideResNets on the
+# authors' architecture, whose paper gives 36.5 M, 11.0 M, 2.7 M and 1.5 M.
+@pytest.mark.parametrize(("name", "width", "parameters"), [
+    ("resnet20", None, 269_722), ("resnet110", None, 1_727_962), ("wideresnet28", None, 36_479_194),
+    ("wideresnet28", 32, 1_467_610), ("wideresnet16", 64, 2_748_890), ("wideresnet16", None, 10_961_370)])
+def test_parameter_counts_of_networks_for_small_images(name: str, width: int | None, parameters: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(name, width=width).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_networks_for_small_images(name: str) -> None:
+    """Three groups; every layer is a block; large images are refused."""
+    layers = build_model(name, width=4)
+    depth = int(name.removeprefix("wide").removeprefix("resnet"))
+    assert block_starts(layers) == list(range(len(layers))) and len(layers) == 2 + 3 * ((depth - 2) // 6)
+    x, shapes = torch.randn(2, 3, 16, 16), []
+    for layer in build(name, width=4):
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert list(dict.fromkeys(shapes[1:])) == [(4, 16, 16), (8, 8, 8), (16, 4, 4), (10,)]
+    with pytest.raises(ConfigError, match="small images"):
+        build_model(name, data="imagenet")
 
 
 def test_six_layer_cnn() -> None:

@@ -18,7 +18,8 @@ STAGES, RANKS = 4, 2
 
 def preset_plan(method: str, placement: Placement, k: int) -> Plan:
     axes = PRESETS[method]
-    return Plan.make(placement, hops=axes.hops, k=k, recover=axes.recover, flush=axes.flush, window=axes.window)
+    return Plan.make(placement, hops=axes.hops, k=k, recover=axes.recover, flush=axes.flush, window=axes.window,
+                     sweeps=2 * (axes.input == "auxnet"))
 
 
 def golden_plan(method: str) -> tuple[Plan, int]:

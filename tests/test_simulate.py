@@ -21,7 +21,7 @@ def make(stages: int, ranks: int, method: str, k: int, *, hops: tuple[int, int] 
          split_backward: bool = False) -> Plan:
     axes = PRESETS[method]
     return Plan.make(Placement.of(stages, ranks), hops=hops or axes.hops, k=k, recover=axes.recover, flush=axes.flush,
-                     split_backward=split_backward, window=axes.window)
+                     split_backward=split_backward, window=axes.window, sweeps=int(axes.input == "auxnet"))
 
 
 def read(*ranks: str) -> Lists:

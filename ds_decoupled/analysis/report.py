@@ -62,7 +62,7 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
                           "a run went.")
     plan = Plan.make(Placement.of(shape.stages, shape.ranks), hops=axes.hops, k=shape.k, recover=axes.recover,
                      flush=axes.flush, split_backward=config.split_backward, window=axes.window,
-                     farthest=config.losses == "farthest")
+                     farthest=config.losses == "farthest", sweeps=config.sweeps)
     costs = Costs(link=shape.link)
     fill = plan.ticks.drain
     # Long enough for the times to repeat: see Simulation.time_per_micro_batch.

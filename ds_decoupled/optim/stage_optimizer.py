@@ -63,6 +63,14 @@ class StageOptimizer:
             advance(self.lr_scheduler, self.engine.train_batch_size())
         self.of.moved(self)
 
+    def part_of_peak(self) -> float:
+        """Where the schedule is: the first group's rate as a part of the one that it was given."""
+        if self.basic_optimizer is None:
+            return 1.0
+        group = self.basic_optimizer.param_groups[0]
+        peak = float(group.get("initial_lr", self.basic_optimizer.defaults.get("lr", 0.0)))
+        return float(group["lr"]) / peak if peak else 1.0
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, scheduler, updates so far, and the gradients of an accumulation that is not complete."""
         state: dict[str, Any] = {"updates": self.updates}

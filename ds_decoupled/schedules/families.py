@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ds_decoupled.schedules import global_gradient, local_losses
+from ds_decoupled.schedules import auxiliary, global_gradient, local_losses
 from ds_decoupled.schedules.actions import Action
 from ds_decoupled.schedules.outline import Outline
 
@@ -24,4 +24,4 @@ class Family(Protocol):
 
 
 #: By the value of the ``gradient`` axis.
-FAMILIES: dict[str, Family] = {"global": global_gradient, "local": local_losses}
+FAMILIES: dict[str, Family] = {"global": global_gradient, "local": local_losses, "auxiliary": auxiliary}

@@ -85,6 +85,10 @@ class Kind:
     FORWARD: ClassVar[Kind]
     LOSS: ClassVar[Kind]
     HEAD: ClassVar[Kind]
+    GENERATE: ClassVar[Kind]
+    ALONE: ClassVar[Kind]
+    PROBE: ClassVar[Kind]
+    TARGET: ClassVar[Kind]
     RELAY: ClassVar[Kind]
     BACKWARD: ClassVar[Kind]
     RECOMPUTE: ClassVar[Kind]
@@ -175,6 +179,17 @@ Kind.RECOMPUTE = add_kind(Kind(
 Kind.RECONSTRUCT = add_kind(Kind(
     "R", "BackwardReconstruct", "backward by reconstruction", Slot.OUTPUT_GRADIENT, _BACK, ends=True, cost=3,
     colour="#e59a8f"))
+# Of a stage whose input is generated; its own generated input it has from the stage below.
+Kind.GENERATE = add_kind(Kind(
+    "N", "GenerateInput", "the next stage's input, by the AuxNet", Slot.INPUT, (Slot.OUTPUT,), cost=0.1, colour="#dcbf8a"))
+Kind.ALONE = add_kind(Kind(
+    "P", "ForwardBackwardAlone", "forward and backward against the next stage's generated input", gives=(Slot.INPUT_GRADIENT,),
+    begins=True, ends=True, cost=3, colour="#9fc5a8"))
+Kind.PROBE = add_kind(Kind(
+    "Q", "ForwardProbe", "the same, first of several sweeps", gives=(Slot.INPUT_GRADIENT,), begins=True, cost=2,
+    colour="#7fb6c9"))
+Kind.TARGET = add_kind(Kind(
+    "T", "AuxNetTarget", "what the AuxNet is to reproduce", Slot.OUTPUT_GRADIENT, cost=0.2, colour="#c98f5a"))
 Kind.WEIGHTS = add_kind(Kind(
     "W", "WeightGradients", "weights' gradients, behind the send", Slot.PUT_OFF, cost=1, cost_like=Kind.FORWARD,
     colour="#c9c9c9"))

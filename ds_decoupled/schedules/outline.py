@@ -23,6 +23,7 @@ class Outline:
         wants_output: stages that need their output back with its gradient; by default, with ``reconstruct``, all but
             the last.
         split_backward: the gradient goes to another rank before the weights' own gradients are computed.
+        sweeps: of a micro-batch over all stages, where inputs are generated; 0 elsewhere.
         family: of :data:`~ds_decoupled.schedules.families.FAMILIES`, the value of the ``gradient`` axis.
     """
 
@@ -33,6 +34,7 @@ class Outline:
     wants_output: frozenset[int] = field(default=frozenset())
     split_backward: bool = False
     family: str = "global"
+    sweeps: int = 0
 
     def update_if_due(self, stage: int, micro_batch: int) -> Iterator[Action]:
         """The stage's update, if the one of ``micro_batch`` is the k-th gradient since its last."""

@@ -25,16 +25,19 @@ class Plan(Outline):
     @staticmethod
     def make(placement: Placement, *, hops: tuple[int, int], k: int, recover: str, flush: bool,
              wants_output: frozenset[int] | None = None, split_backward: bool = False, window: int = 0,
-             farthest: bool = False, family: str | None = None) -> Plan:
-        """The plan of a method on a placement; ``window`` is 0 unless losses are the stages' own, and ``family`` follows from
-        it where it is not given."""
-        if window:
+             farthest: bool = False, family: str | None = None, sweeps: int = 0) -> Plan:
+        """The plan of a method on a placement; ``window`` is 0 unless losses are the stages' own, ``sweeps`` unless inputs
+        are generated, and ``family`` follows from them where it is not given."""
+        if sweeps:
+            ticks = Ticks.together(placement.stages)
+        elif window:
             ticks = Ticks.local(placement.stages, hops, window, farthest)
         else:
             ticks = Ticks.flush(placement.rank_of_stage) if flush else Ticks.delayed(placement.stages, hops)
         if wants_output is None:
             wants_output = frozenset(range(placement.stages - 1)) if recover == "reconstruct" else frozenset()
-        return Plan(placement, ticks, k, recover, wants_output, split_backward, family or ("local" if window else "global"))
+        family = family or ("auxiliary" if sweeps else "local" if window else "global")
+        return Plan(placement, ticks, k, recover, wants_output, split_backward, family, sweeps)
 
     def tick(self, rank: int, tick: int, micro_batches: int) -> list[Action]:
         """What ``rank`` does in one tick of a run of ``micro_batches``: forwards, backwards, updates as they fall due.

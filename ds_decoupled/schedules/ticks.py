@@ -55,6 +55,11 @@ class Ticks:
         return Ticks(hops, tuple(range(stages)), window, min(window, stages) - 1 if farthest else 0)
 
     @staticmethod
+    def together(stages: int) -> Ticks:
+        """Ticks of stages that all work on the same micro-batch: nobody's input waits for another's output."""
+        return Ticks((0, 1), (0,) * stages)
+
+    @staticmethod
     def flush(ranks: tuple[int, ...]) -> Ticks:
         """1F1B: ``ranks[s]`` is the rank that holds stage ``s``."""
         return Ticks((0, 1), ranks)

@@ -61,14 +61,21 @@ DECOUPLED = Need("plain", lambda plain: not plain, 'any method but "backprop"',
                  unmet='"update": "flush" and "recover": "graph" the engine is DeepSpeed\'s own, as with "method": "backprop":')
 LOCAL = axis("gradient", "local")
 #: What stages with losses of their own cannot have, all others can.
-GLOBAL = Need("gradient", lambda gradient: gradient != "local", '"gradient": "global"')
+GLOBAL = Need("gradient", lambda gradient: gradient not in ("local", "auxiliary"), '"gradient": "global"')
+AUXILIARY = axis("gradient", "auxiliary")
+AUXNET = axis("input", "auxnet")
 DELAYED = axis("update", "delayed")
+#: Shapes are to be known before anything is built from them.
+SHAPED = axis("gradient", "local", "auxiliary")
+#: Every stage works on the same micro-batches.
+IN_STEP = axis("input", "stream", "auxnet")
 REPLAY = axis("input", "replay")
 STREAM = axis("input", "stream")
 OWN_PACE = axis("pace", "clock", "free")
 ALONE = axis("window", 1)
 #: Gradients come back to a stage from others.
 TOGETHER = Need("window", lambda window: window != 1, 'a "window" other than 1')
+LATE = axis("gradient", "global", "local")
 SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"head": "shared"')
 #: The object of the codec, which is read before.
 VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq", '"codec": {"forward": "vq"}',
@@ -107,7 +114,7 @@ class Row:
 LEAVE_LOCAL = 'Take "method": "dgl" or "overlapping", or leave it out.'
 LEAVE_REPLAY = 'Leave it out, or take "method": "dgl_async".'
 LEAVE_BACKPROP = 'Leave it out, or take another method.'
-AT_ONCE = "a stage with local losses goes back through its graph at once"
+AT_ONCE = "a stage with local losses, or with a generated input, goes back through its graph at once"
 
 
 def _local(setting: str, why: str = "no stage but the last has a loss") -> Row:
@@ -129,13 +136,18 @@ ROWS: tuple[Row, ...] = (
         lambda window: window not in (None, 1), "more than 1"),
     _value("input", "replay", (LOCAL, ALONE), "a stage that replays its input has nobody to give a gradient to",
            'Take "method": "dgl_async", or "input": "stream".'),
+    _value("gradient", "auxiliary", (AUXNET,), "there is no other input to compare a stage's output with",
+           'Take "method": "auxnet_penalty", or leave "gradient" out.'),
+    _value("input", "auxnet", (AUXILIARY,), "nothing would draw a stage's output to the next one's input",
+           'Take "method": "auxnet_penalty", or "input": "stream".'),
+    Row("auxnet", (AUXNET,), "no input is generated", 'Leave it out, or take "method": "auxnet_penalty".'),
     _value("input", "replay", (OWN_PACE,), "every micro-batch comes in its tick, once", 'Leave "pace" out, or take "free".'),
     Row("pace", (REPLAY,), "stages that stream go by a plan", 'Leave "pace" out, or take "method": "dgl_async".',
         lambda pace: pace in ("clock", "free"), '"clock" and "free"'),
     Row("replay", (REPLAY,), "there is no ring", LEAVE_REPLAY),
     Row("clock", (axis("pace", "clock"),), "nothing goes by a virtual clock", 'Leave it out, or take "pace": "clock".'),
     Row("slow_down", (OWN_PACE,), "stages wait for one another", LEAVE_REPLAY),
-    _value("update", "flush", (GLOBAL,), "stages with a loss of their own wait for no flush",
+    _value("update", "flush", (GLOBAL,), "stages wait for no flush",
            'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.'),
     _value("recover", "input", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
     _value("recover", "reconstruct", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
@@ -151,7 +163,7 @@ ROWS: tuple[Row, ...] = (
     Row("hops", (TOGETHER,), "nothing comes back, and the second number says how long that takes",
         "Let it be 1, as in [0, 1].", lambda value: value is not None and value[1] != 1, "its second number"),
     _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("transport"), _local("ensemble"),
-    _local("input_shape"),
+    Row("input_shape", (SHAPED,), "nothing is built from shapes", LEAVE_LOCAL),
     _local("stop_after", "a stage that stops would leave those below it without gradients"),
     Row("head", (axis("pace", "ticks", "clock"),), "all ranks would have to wait for the one that refreshes it",
         'Take another head, or "pace": "clock".', lambda head: str(head).partition(":")[0] == "shared", '"shared"'),
@@ -160,7 +172,7 @@ ROWS: tuple[Row, ...] = (
            'Leave "window" out, or take another head.'),
     Row("ensemble", (VOTES,), "lower heads rebuild their stages' inputs and say nothing of classes", "Leave it out."),
     Row("queue", (LOCAL, ALONE), "what comes back keeps ranks together", 'Leave it out, or take "method": "dgl".'),
-    Row("lr_by_delay", (DELAYED, TOGETHER), "no gradient comes late",
+    Row("lr_by_delay", (DELAYED, TOGETHER, LATE), "no gradient comes late",
         'Leave "lr_by_delay" out, or take a method with a delay.'),
     _decoupled("stage_lr", "it has one optimizer and one rate for all stages"),
     _decoupled("stage_schedulers", "it has one scheduler for all stages", 'Set "scheduler", or take another method.'),
@@ -172,7 +184,7 @@ ROWS: tuple[Row, ...] = (
     _decoupled("compile", "it compiles on demand", "Leave it out and call engine.compile()."),
     Row("compile", (WHOLE,), "a compiled backward pass would have to be halved", "Leave one of the two out."),
     _decoupled("track_gradients", "every gradient is the exact one"),
-    Row("track_gradients", (STREAM,), "stages work on different micro-batches", 'Leave "track_gradients" out.'),
+    Row("track_gradients", (IN_STEP,), "stages work on different micro-batches", 'Leave "track_gradients" out.'),
     _decoupled("timeout", "it waits as long as its process groups do", "Leave it out, or give deepspeed.init_distributed() a "
                "timeout."),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from ds_decoupled.config import BLOCK, DecoupledConfig
+from ds_decoupled.config import BLOCK, AuxNetSettings, DecoupledConfig
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.heads import shared_blocks
 from ds_decoupled.schedules import Placement
@@ -25,6 +25,13 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
         if value is not None and len(value) != stages:
             raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
                               f"Give a list of {stages}, or leave it out.")
+    auxnet = config.auxnet
+    if axes.input == "auxnet" and stages == 1 and auxnet != AuxNetSettings():
+        raise ConfigError(f"{BLOCK}.auxnet", auxnet.model_dump(exclude_defaults=True), "there is one stage, whose input "
+                          "is the data", "Take more stages, or leave it out: one stage is plain training.")
+    if axes.input == "auxnet" and auxnet.sweeps > stages:
+        raise ConfigError(f"{BLOCK}.auxnet.sweeps", auxnet.sweeps, f"at most the number of stages, which is {stages}: by then "
+                          "the loss has been heard everywhere", "Take fewer sweeps, or more stages.")
     if axes.window and shared_blocks(config.head) is not None and axes.hops[0]:
         raise ConfigError(f"{BLOCK}.head", config.head, "a shared head is refreshed when all stages are at the same "
                           f"micro-batch, and with hops {list(axes.hops)} they never are", 'Leave "hops" out.')

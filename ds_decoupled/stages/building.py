@@ -11,13 +11,14 @@ from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.layer_seeding import layer_seeding
 from ds_decoupled.schedules import Placement
 from ds_decoupled.stages.autocast import Autocast
+from ds_decoupled.stages.auxiliary import AuxiliaryStage
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds, drawn_seed
 from ds_decoupled.stages.stage import Shared, Stage
 
 #: By the value of the ``gradient`` axis.
-STAGES: dict[str, type[Stage]] = {"global": Stage, "local": LocalStage}
+STAGES: dict[str, type[Stage]] = {"global": Stage, "local": LocalStage, "auxiliary": AuxiliaryStage}
 
 
 def seeds_of(module: Any, grid: Any, device: Any) -> LayerSeeds:
@@ -49,7 +50,7 @@ def build_stages(module: Any, rank: int, placement: Placement, config: Decoupled
         check_compiler(compiled, seeds.device)
         compile_layers(module.forward_funcs, compiled, outlives_updates(axes))
     shared = Shared(axes, placement.stages, module.loss_fn, seeds, autocast(), config.losses == "farthest",
-                    config.transport, module.get_additional_losses)
+                    config.transport, config.auxnet, module.get_additional_losses)
     stages: dict[int, Stage] = {}
     for index in placement.stages_of(rank):
         layers = placement.layers_of(index)

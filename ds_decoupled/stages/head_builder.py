@@ -12,47 +12,17 @@ from torch import nn
 from ds_decoupled.collectives import gather, together
 from ds_decoupled.compat import layer_specs
 from ds_decoupled.config import DecoupledConfig
-from ds_decoupled.errors import ConfigError
 from ds_decoupled.links.vector import VectorCodec, check_vectors
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
 from ds_decoupled.nn.reconstruction import RECONSTRUCT
-from ds_decoupled.passes import NoBatch, Passes, as_in_evaluation
+from ds_decoupled.passes import Passes
 from ds_decoupled.stages.heads import WholeModel, make_head, make_readout
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds
+from ds_decoupled.stages.sample import shapes_of
 from ds_decoupled.stages.stage import Stage
 from ds_decoupled.stages.transport import check_transport
-from ds_decoupled.tensors import Form, Tensors, as_tuple, form_of, map_tensors, to_device
-
-
-def samples_of(module: Any, input_shape: Sequence[int] | None, micro_batch: int, dtype: torch.dtype) -> list[Tensors]:
-    """Inputs of the first layer, to be tried in this order: the module's own sample, or those of the shape that the JSON gives.
-
-    The shape does not say the type. Token ids come first where samples have one dimension, numbers elsewhere; then the other.
-
-    Args:
-        module: the pipeline module.
-        input_shape: of one sample.
-        micro_batch: samples in a micro-batch.
-        dtype: the layers' floating-point type.
-
-    Raises:
-        ConfigError: where there is neither, or the two do not agree.
-    """
-    sample: Tensors | None = getattr(module, "sample_input", None)
-    if sample is not None:
-        own = list(as_tuple(sample)[0].shape[1:])
-        if input_shape is not None and list(input_shape) != own:
-            raise ConfigError("decoupled.input_shape", list(input_shape), f"the pipeline module's sample_input has samples of "
-                              f"{own}, and heads are built from that", "Leave it out, or let the two agree.")
-        return [sample]
-    if input_shape is None:
-        raise ConfigError("decoupled.input_shape", None, "heads are built from the shapes of what stages give, and no input is "
-                          "known", 'Give one sample\'s shape, such as [3, 32, 32] (or [128] for 128 token ids or features), or '
-                          "DecoupledPipelineModule a sample_input.")
-    numbers = list(dict.fromkeys((torch.float32, dtype)))
-    order = [torch.long, *numbers] if len(input_shape) == 1 else [*numbers, torch.long]
-    return [torch.zeros(micro_batch, *input_shape, dtype=kind) for kind in order]
+from ds_decoupled.tensors import Tensors, as_tuple
 
 
 class ReadoutRefresh:
@@ -110,19 +80,12 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
     local = {index: stage for index, stage in stages.items() if isinstance(stage, LocalStage)}
     if not any(gather(len(local))):
         return []
-    complaints: list[str] = []
-    for sample in samples_of(module, config.input_shape, micro_batch, dtype):
-        given, forms, outputs, complaint = _outputs_of(stages, passes, sample, seeds.device)
-        if complaint is None:
-            break
-        complaints.append(complaint)
-    else:
-        raise ConfigError("decoupled.input_shape", config.input_shape, "; ".join(complaints), "Is it the shape of one of its "
-                          "inputs? Where it does not say enough, give DecoupledPipelineModule a sample_input.")
+    shapes = shapes_of(stages, passes, module, config.input_shape, micro_batch, dtype, seeds.device)
+    given = shapes.given
     like = next((p for stage in stages.values() for p in stage.parameters if p.is_floating_point()), None)
     specs = layer_specs(module)
-    model = WholeModel(specs, bounds, forms)
-    check_transport(config.transport, forms)
+    model = WholeModel(specs, bounds, shapes.forms)
+    check_transport(config.transport, shapes.forms)
 
     def make() -> SharedReadout | None:
         _check_codec(given, stages, config, micro_batch)
@@ -130,8 +93,8 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         for index, stage in local.items():
             if stage.has_loss and not stage.is_last:
                 with stage.autocast.forward():
-                    stage.head = make_head(config.head, given[index], outputs, seeds.base, index, like, seeds.device, model,
-                                           readout)
+                    stage.head = make_head(config.head, given[index], shapes.outputs, seeds.base, index, like, seeds.device,
+                                           model, readout)
                 if config.head == RECONSTRUCT:
                     stage.rebuild_input()
         return readout
@@ -142,45 +105,6 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         return []
     source = module.forward_funcs[-1] if any(stage.is_last for stage in local.values()) else None
     return [ReadoutRefresh(readout, source, config.head_refresh, grid)]
-
-
-def _outputs_of(stages: Mapping[int, Stage], passes: Passes, sample: Tensors,
-                device: torch.device) -> tuple[dict[int, Tensors], list[Form], int, str | None]:
-    """Pass ``sample`` through all ranks' stages. A collective call.
-
-    Returns:
-        What each stage here gives, the form of what each layer of the model gives, the size of the last dimension of what the
-        last stage gives, and what went wrong on any rank, in words.
-    """
-    given: dict[int, Tensors] = {}
-    forms: list[Form] = []
-
-    def through(stage: Stage, x: Tensors, beside: list[Any]) -> Tensors:
-        try:
-            with stage.listening(lambda layer, taken, made: forms.append(form_of(made))):
-                given[stage.index] = map_tensors(torch.clone, stage.plain_forward(0, x))
-        except Exception as error:
-            kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in as_tuple(x)]
-            raise ValueError(f"a blank sample, {', '.join(kinds)}, does not pass: {error}") from error
-        return given[stage.index]
-
-    complaint: str | None = None
-    passes.expect("evaluation", 1)
-    try:
-        with torch.no_grad(), as_in_evaluation(stages.values()):
-            passes.forward("evaluation", 0, lambda: (to_device(sample, device), None), through, tell=True)
-    except NoBatch as missing:
-        complaint = str(missing.error)
-    except ValueError as error:
-        complaint = str(error)
-    passes.network.wait_until_taken("evaluation")
-    outputs = next((as_tuple(given[s])[0].shape[-1] for s, stage in stages.items() if stage.is_last and s in given), None)
-    told = gather((complaint, outputs, forms, min(given, default=0)))
-    first = next((told_complaint for told_complaint, *_ in told if told_complaint is not None), None)
-    # By pipeline, of which all ranks' are alike: those of one go up from its first stage.
-    by_stage = {bottom: rank_forms for *_, rank_forms, bottom in told}
-    forms = [form for _, rank_forms in sorted(by_stage.items()) for form in rank_forms]
-    return given, forms, next((n for _, n, *_ in told if n is not None), 0), first
 
 
 def _check_codec(given: Mapping[int, Tensors], stages: Mapping[int, Stage], config: DecoupledConfig, micro_batch: int) -> None:

@@ -36,6 +36,7 @@ from ds_decoupled.nn.heads import StageHead, one_tensor
 from ds_decoupled.nn.reconstruction import reconstruction_loss
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.graph import GraphSegment
+from ds_decoupled.stages.means import Means
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.stage import Stage
 from ds_decoupled.stages.transport import Transport
@@ -81,8 +82,7 @@ class LocalStage(Stage):
         if not self.is_last:
             self._graph.transport = self.transport
         self._waiting: dict[int, _Waiting] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._means = Means()
 
     @property
     def has_loss(self) -> bool:
@@ -212,7 +212,7 @@ class LocalStage(Stage):
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
         value = super().loss(outputs, labels)
         if torch.is_grad_enabled():
-            self._note(outputs, labels, value)
+            self._means.add_loss(outputs, labels, value)
         return value
 
     def _logits(self, outputs: Tensors) -> Tensor:
@@ -264,21 +264,8 @@ class LocalStage(Stage):
 
     # -- what it reports --------------------------------------------------------------------------------------------------
 
-    def _note(self, outputs: Tensors, labels: Any, loss: Tensor) -> None:
-        self._add("loss", loss.detach().float().reshape(()), 1)
-        if isinstance(outputs, Tensor) and isinstance(labels, Tensor) and labels.shape == outputs.shape[:-1]:
-            known = labels >= 0
-            self._add("accuracy", ((outputs.detach().argmax(-1) == labels) & known).sum(), known.sum())
-
-    def _add(self, name: str, value: Tensor, count: Any) -> None:
-        total, number = self._sums.get(name, 0), self._counts.get(name, 0)
-        self._sums[name], self._counts[name] = total + value, number + count
-
     def take_metrics(self) -> dict[str, float]:
-        metrics = {name: float(value) / float(self._counts[name]) for name, value in self._sums.items() if self._counts[name]}
-        self._sums.clear()
-        self._counts.clear()
-        return metrics
+        return self._means.take()
 
     # -- what is kept ------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ds_decoupled.config import Axes
-from ds_decoupled.errors import ConfigError
+from ds_decoupled.config import AuxNetSettings, Axes
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
@@ -43,6 +42,7 @@ class Shared:
         autocast: how the layers run.
         farthest: whether a stage with losses of a window learns from the farthest of them alone.
         transport: factor of the penalty on what residual layers add, in a stage's own loss.
+        auxnet: how inputs are generated, where they are.
         additional_losses: the module's losses beside the one that is learned from, by name, after a forward pass; None for none
             (:meth:`PipelineModule.get_additional_losses`). They are reported.
     """
@@ -54,6 +54,7 @@ class Shared:
     autocast: Autocast = Autocast()
     farthest: bool = False
     transport: float = 0.0
+    auxnet: AuxNetSettings = AuxNetSettings()
     additional_losses: Callable[[], Mapping[str, Tensor] | None] = lambda: None
 
 
@@ -249,6 +250,9 @@ class Stage:
         self.stopped = True
         self.train_mode()
 
+    def follow(self, schedule: Callable[[], float]) -> None:
+        """What learns in it beside its layers goes by ``schedule``: where the stage's rate is, as a part of its peak."""
+
     def train_mode(self) -> None:
         """To be called once the module is in training mode: what has stopped goes back to evaluation."""
         if self.stopped:
@@ -269,7 +273,7 @@ class Stage:
         return []
 
     def take_metrics(self) -> dict[str, float] | None:
-        """Mean loss and accuracy by its own loss since the last call; None for a stage whose loss is not its own."""
+        """Means since the last call (loss and accuracy by its own loss, or what else it has of its own); None for nothing."""
         return None
 
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
@@ -285,6 +289,10 @@ class Stage:
         """The stage's output, recording nothing: for evaluation and for the exact gradient (grad mode is the caller's)."""
         with self.seeds.scope(), self.deferred.paused() if self.deferred is not None else nullcontext():
             return self._all.keep_input(inputs, micro_batch)
+
+    def generate(self, micro_batch: int, inputs: Tensors) -> Tensors:
+        """What a small network in its place gives, in evaluation."""
+        raise TypeError(f"{type(self).__name__} generates nothing")
 
     @contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
@@ -327,22 +335,3 @@ class Stage:
             for segment, records in zip(self.segments, state["segments"]):
                 segment.load_state_dict(records)
         self.in_flight = set(state["in_flight"])
-
-
-def check_reconstruct(any_reversible: bool, axes: Axes, layer_names: Sequence[Sequence[str]]) -> None:
-    """``reconstruct`` with no layer that can be inverted is a mistake.
-
-    Args:
-        any_reversible: whether any stage of any rank has a layer that can be inverted.
-        axes: the method.
-        layer_names: the layers' types, by stage.
-
-    Raises:
-        ConfigError: naming the layers and what to take instead.
-    """
-    if axes.recover != "reconstruct" or any_reversible:
-        return
-    names = dict.fromkeys(name for stage in layer_names for name in stage)
-    raise ConfigError("decoupled.recover", "reconstruct", f"no layer of this model can be inverted: {', '.join(names)}",
-                      'Wrap residual functions in ds_decoupled.nn.ReversibleCoupling, give a layer an "inverse", '
-                      'or take "recover": "input" (method "dsp")')

@@ -3,8 +3,9 @@
 ``engine.watch(watcher)`` adds one.
 """
 
+from ds_decoupled.watchers.auxnet import AuxNetCost
 from ds_decoupled.watchers.breakdown import Breakdown
 from ds_decoupled.watchers.gradients import GradientTracker
 from ds_decoupled.watchers.watcher import Watcher
 
-__all__ = ["Breakdown", "GradientTracker", "Watcher"]
+__all__ = ["AuxNetCost", "Breakdown", "GradientTracker", "Watcher"]

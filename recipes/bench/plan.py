@@ -54,6 +54,8 @@ METHODS: dict[str, Method] = {
     "dgl-chunked": Method("dgl, one stage a rank", "engine", {"method": "dgl", "stages": "ranks"}, one_rank=False),
     "dgl_async": _ours("dgl_async, ranks run free", "local", "dgl_async", extra=True),
     "overlapping": _ours("overlapping, window 2", "local", "overlapping", extra=True),
+    **{name: Method(f"{name}, one stage a rank", "engine", {"method": name, "stages": "ranks"}, one_rank=False, extra=True)
+       for name in ("auxnet_penalty", "auxnet_lagrangian")},
     "petra-compiled": _ours("petra, compiled", "reconstruct", "petra", extra=True, compile=True),
     "dsp-compiled": _ours("dsp, compiled", "input", "dsp", extra=True, compile=True),
     "delayed-compiled": _ours("delayed, compiled", "graph", "delayed", extra=True, compile=True),
@@ -142,6 +144,7 @@ def laws(ranks: int, k: int) -> list[Law]:
                 delayed / 1F1B                 1+(P-1)/k
                 petra / checkpointed 1F1B      1+(P-1)/k
                 dgl / 1F1B                     1+(P-1)/k       less what its heads cost
+                auxnet / backpropagation       3P/3.3, 3P/3.4  by the simulator: N 0.1, T 0.2; P = 2, and more
     """
     def at(method: str, p: int = ranks) -> Configuration:
         return Configuration(method, p, k)
@@ -168,6 +171,10 @@ def laws(ranks: int, k: int) -> list[Law]:
         Law("petra / checkpointed 1F1B", at("petra"), at("1f1b-checkpoint"), bubble, 0.95),
         *(Law(f"{METHODS[m].label} / 1F1B (law without heads)", at(m), at("1f1b"), bubble, 0.0)
           for m in ("dgl", "dgl-chunked", "overlapping")),
+        *(Law(f"{METHODS[m].label} / bare backpropagation", at(m), at("bare-backprop", 1),
+              3 * ranks / (3.3 if ranks == 2 else 3.4), 0.0) for m in ("auxnet_penalty", "auxnet_lagrangian")),
+        *(Law(f"{METHODS[m].label} / 1F1B", at(m), at("1f1b"), 3 * bubble / (3.3 if ranks == 2 else 3.4), 0.0)
+          for m in ("auxnet_penalty", "auxnet_lagrangian")),
         Law("1F1B, P / P=1 (its own law)", at("1f1b"), at("1f1b", 1), ranks / bubble, 0.0),
         Law("split backward / petra", at("petra-split"), at("petra"), 1.0, 0.0),
         Law("petra / DualPipeV", at("petra"), at("dualpipev"), 0.75, 0.0),
