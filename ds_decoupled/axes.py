@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 Gradient = Literal["global", "local", "auxiliary"]
 Recover = Literal["graph", "input", "reconstruct"]
 Weights = Literal["current", "stashed", "predicted"]
-Update = Literal["flush", "delayed"]
+Update = Literal["flush", "delayed", "layerwise"]
 Input = Literal["stream", "replay", "auxnet"]
 Pace = Literal["ticks", "clock", "free"]
 Kappa = Literal["zero", "kept", "predicted"]
@@ -54,6 +54,16 @@ class Axes:
         return self.update == "flush"
 
     @property
+    def layerwise(self) -> bool:
+        """Forward and backward passes have threads of their own, and a stage steps when its gradient exists (PD-ASGD)."""
+        return self.update == "layerwise"
+
+    @property
+    def unplanned(self) -> bool:
+        """Who acts next does not follow from a plan of ticks."""
+        return self.input == "replay" or self.layerwise
+
+    @property
     def plain(self) -> bool:
         """Nothing to decouple: 1F1B with a flush, which DeepSpeed's own engine runs."""
         return self == PRESETS["backprop"]
@@ -72,6 +82,7 @@ PRESETS: dict[str, Axes] = {
     "dgl": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=1),
     "overlapping": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=2),
     "dgl_async": Axes("local", "graph", "current", "delayed", "replay", (0, 1), window=1, pace="free"),
+    "pd_asgd": Axes("global", "graph", "current", "layerwise", "stream", (0, 1), pace="free"),
     "auxnet_penalty": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1)),
     "auxnet_lagrangian": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1), kappa="predicted"),
 }
@@ -86,13 +97,14 @@ def resolve(method: str, chosen: Mapping[str, Any], hops: tuple[int, int] | None
         chosen: values by axis; None leaves the preset's.
         hops: None leaves the preset's, or takes those of a flush.
         window: with local gradients; None leaves the preset's, or takes 1 where it has none.
-        pace: None takes the one that goes with the input: stages with a replay ring run free, others by ticks.
+        pace: None takes the one that goes with input and update: stages with a replay ring run free, and so do the threads of
+            a layer-wise update; others go by ticks.
         kappa: with generated inputs; None leaves the preset's.
     """
     axes = replace(PRESETS[method], **{name: value for name, value in chosen.items() if value is not None})
     if hops is not None or axes.flush:
         axes = replace(axes, hops=hops or FLUSH_HOPS)
-    axes = replace(axes, pace=pace or ("free" if axes.input == "replay" else "ticks"))
+    axes = replace(axes, pace=pace or ("free" if axes.unplanned else "ticks"))
     if axes.input == "auxnet":
         axes = replace(axes, kappa=kappa or axes.kappa)
     else:

@@ -37,6 +37,7 @@ from ds_decoupled.settings.blocks import STRICT, Words, read_model
 from ds_decoupled.settings.codecs import CODEC_NAMES, CodecName, CodecSettings, VectorSettings, both_ways, vectors
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.table import BLOCK
+from ds_decoupled.settings.threads import PassTimes, ThreadSettings, or_auto, threads_of
 
 __all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "AuxNetSettings", "Axes", "CodecName", "CodecSettings",
            "CompileSettings", "DecoupledConfig", "VectorSettings", "block_of", "check_bounds", "parse_block", "read_json"]
@@ -189,6 +190,8 @@ class DecoupledConfig(BaseModel):
         pace: where the order of actions comes from: a plan's ``ticks``, a virtual ``clock``, or ranks that run ``free``.
         replay: the ring before each stage: an object of :class:`ReplaySettings`' attributes.
         clock: an object of :class:`ClockSettings`' attributes.
+        threads: who goes forward and who goes back: an object of :class:`ThreadSettings`' attributes, or ``"auto"``.
+        pass_times: how long passes take on the clock: an object of :class:`PassTimes`' attributes.
         slow_down: each stage made so many times slower (one factor per stage): by a longer duration or a rarer draw on the
             clock, by sleep where ranks run free.
         window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
@@ -237,6 +240,10 @@ class DecoupledConfig(BaseModel):
         'an object such as {"size": 10}', "Leave it out for a ring of 10.")] = ReplaySettings()
     clock: Annotated[ClockSettings, Words(
         'an object such as {"seed": 1}', "Leave it out for turns by chance.")] = ClockSettings()
+    threads: Annotated[ThreadSettings, BeforeValidator(or_auto), Words(
+        hint="Leave it out for 1 forward and 2 backward threads.")] = ThreadSettings()
+    pass_times: Annotated[PassTimes, Words(
+        'an object such as {"forward": [1, 1], "backward": [2, 2]}', "Leave it out for 1 forward and 2 back.")] = PassTimes()
     slow_down: Annotated[list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None, Words(
         "a factor for each stage, none below 1 and all finite", "1 is for a stage that is as fast as it is.")] = None
     window: Annotated[int | None, Field(ge=1, le=MOST_STAGES), Words(
@@ -298,7 +305,8 @@ class DecoupledConfig(BaseModel):
         ring, clock = self.replay, self.clock
         return OwnPace(Replay(ring.size, ring.cap, ring.authors_ring),
                        Clock(clock.seed, None if clock.durations is None else tuple(clock.durations),
-                             None if self.slow_down is None else tuple(self.slow_down), clock.warm_start))
+                             None if self.slow_down is None else tuple(self.slow_down), clock.warm_start),
+                       threads_of(self.threads, self.pass_times))
 
     @property
     def sweeps(self) -> int:

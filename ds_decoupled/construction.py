@@ -33,7 +33,7 @@ from ds_decoupled.optim import (
     without_optimizers,
 )
 from ds_decoupled.passes import Passes
-from ds_decoupled.runners import RUNNERS
+from ds_decoupled.runners import runner_of
 from ds_decoupled.schedules import Placement, Plan
 from ds_decoupled.settings.placed import check_local
 from ds_decoupled.stages import Stage
@@ -94,7 +94,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               farthest=block.losses == "farthest", family=axes.gradient,
                               sweeps=block.sweeps)
         replay = block.own_pace().replay if axes.input == "replay" else None
-        self.network = RUNNERS[axes.pace].network_class(
+        self.network = runner_of(axes).network_class(
             grid, self.placement, rank, self.device,
             partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward, vq=block.vq.model_dump()),
             block.timeout, self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base, replay=replay,
@@ -133,7 +133,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
                         for s, stage in self.stages.items()}
         # The user may set another iterator or batch_fn between two calls.
         fetch = lambda count: self.feed.fetch(self.data_iterator, self.batch_fn, count, self._replicas)  # noqa: E731
-        self.runner = RUNNERS[self.axes.pace](
+        self.runner = runner_of(self.axes)(
             self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
             execute=self.run_schedule, fetch=fetch if self.is_first_stage() else None,
             pace=block.own_pace())

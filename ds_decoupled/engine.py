@@ -189,6 +189,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
                              + (f"from 0 to {stages - 1}" if stages > 1 else "no input is generated"))
         with self._failure_told():
             self._check_hooks()
+            self.runner.pause()
             self.module.eval()
             for part in self._before_evaluation:
                 part.before_evaluation()
@@ -218,6 +219,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
         """Save weights (DeepSpeed's layer files), optimizers and all that is in flight. All ranks must call it."""
+        self.runner.pause()
         return save_checkpoint(self, self._parts, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
@@ -228,6 +230,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         Returns:
             The checkpoint's path and the client's state; ``(None, None)`` where there is none.
         """
+        self.runner.settle()
         return load_checkpoint(self, self._parts, load_dir, tag, load_module_strict, load_optimizer_states,
                                load_lr_scheduler_states, load_module_only)
 
@@ -241,4 +244,4 @@ class DecoupledPipelineEngine(ConstructedEngine):
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
         return summarize(self.decoupled.method, self.plan, self.axes.hops, self.axes.flush, self.workers, self.network,
-                         self.watchers, sum(refresh.bytes_sent for refresh in self._refreshes))
+                         self.watchers, sum(refresh.bytes_sent for refresh in self._refreshes), self.runner.report())

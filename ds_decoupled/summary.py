@@ -13,7 +13,7 @@ from ds_decoupled.watchers import Watcher
 
 
 def summarize(method: str, plan: Plan, hops: tuple[int, int], flush: bool, workers: Mapping[int, Worker], network: Network,
-              watchers: Sequence[Watcher], bytes_beside: int) -> dict[str, Any]:
+              watchers: Sequence[Watcher], bytes_beside: int, beside: Mapping[str, Any]) -> dict[str, Any]:
     """``decoupled_summary``'s result. A collective call.
 
     Args:
@@ -22,19 +22,22 @@ def summarize(method: str, plan: Plan, hops: tuple[int, int], flush: bool, worke
         hops, flush: of the method.
         workers, network, watchers: of this rank.
         bytes_beside: sent by others than the links.
+        beside: further entries, of this rank.
     """
     parts = gather({"workers": {s: worker.report() for s, worker in workers.items()}, "network": network.report(plan.k),
                     "beside": bytes_beside, "watchers": [watcher.report() for watcher in watchers]})
     by_stage = dict(sorted(item for part in parts for item in part["workers"].items()))
     summary = {
         "method": method, "stages": plan.placement.stages, "hops": list(hops),
-        "delays": [0 if flush else plan.ticks.delay(s) for s in range(plan.placement.stages)],
+        "delays": [0 if flush else None if "staleness" in report else plan.ticks.delay(s) for s, report in by_stage.items()],
         "peak_records_in_flight": [report["records"] for report in by_stage.values()],
         "updates": [report["updates"] for report in by_stage.values()],
         "held": [part["network"]["held"] for part in parts],
         "bytes_sent": sum(part["network"]["bytes"] + part["beside"] for part in parts),
         "messages_sent": sum(part["network"]["messages"] for part in parts),
-        **_layout(plan.placement), "gradient_tracker": []}
+        **_layout(plan.placement), "gradient_tracker": [], **beside}
+    if any("staleness" in report for report in by_stage.values()):
+        summary["staleness"] = [report["staleness"] for report in by_stage.values()]
     if rings := {s: report for part in parts for s, report in part["network"]["rings"].items()}:
         summary["replay"] = [rings[s] for s in sorted(rings)]
     for watcher, reports in zip(watchers, zip(*(part["watchers"] for part in parts))):

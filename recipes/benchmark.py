@@ -14,7 +14,8 @@
 
 On CPU, with one core and one thread a rank. All worlds of one k are alive at once and take turns, round by round, so that
 noise of the machine hits all alike; ratios are taken within a round, and medians over the rounds. Timings leave out
-start-up and the pipeline's fill: methods with a delayed update are timed in their steady state, others by whole calls.
+start-up and the pipeline's fill: methods with a delayed update are timed in their steady state, others by whole calls. Threads
+that share a model have all cores, and are timed until they are done: give them many calls (``--methods pd_asgd --calls 50``).
 """
 
 from __future__ import annotations

@@ -22,49 +22,53 @@ REPO = Path(__file__).parent.parent
 OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
     "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
-    "clock": {"seed": 1}, "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
+    "clock": {"seed": 1}, "threads": {"backward": 3}, "pass_times": {"forward": [2.0, 1.0]},
+    "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
     "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
     "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "vq": {"group": 4}, "split_backward": True, "compile": True, "lr_by_delay": 10,
     "track_gradients": 2, "timeout": 60, "auxnet": {"fit": 2.0},
 }
 BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"},
+                                     "pass_times": {"pace": "clock"},
                                      "vq": {"codec": {"forward": "vq"}}}
 
 #: x: refused. Of the axes, the value of OTHER, where the preset has another.
 TABLE = """
-                  backprop reversible pipedream delayed dsp petra dgl overlapping dgl_async auxnet_penalty auxnet_lagrangian
-stages               .         .          .        .     .    .    .       .           .           .              .
-partition            .         .          .        .     .    .    .       .           .           .              .
-hops                 x         x          .        .     .    .    .       .           x           x              x
-gradient             x         x          x        .     x    x    .       .           .           x              x
-recover              .         .          .        .     .    .    x       x           x           x              x
-weights              x         x          .        .     .    .    x       x           x           x              x
-update               .         .          x        .     .    .    x       x           x           x              x
-input                x         x          x        x     x    x    .       x           .           x              x
-pace                 x         x          x        x     x    x    x       x           .           x              x
-replay               x         x          x        x     x    x    x       x           .           x              x
-clock                x         x          x        x     x    x    x       x           .           x              x
-slow_down            x         x          x        x     x    x    x       x           .           x              x
-window               x         x          x        x     x    x    .       .           x           x              x
-losses               x         x          x        x     x    x    .       .           .           x              x
-head                 x         x          x        x     x    x    .       .           .           x              x
-head_refresh         x         x          x        x     x    x    .       .           x           x              x
-transport            x         x          x        x     x    x    .       .           .           x              x
-ensemble             x         x          x        x     x    x    .       .           .           x              x
-input_shape          x         x          x        x     x    x    .       .           .           .              .
-queue                x         x          x        x     x    x    .       x           .           x              x
-stage_lr             x         .          .        .     .    .    .       .           .           .              .
-stage_schedulers     x         .          .        .     .    .    .       .           .           .              .
-stop_after           x         x          x        x     x    x    .       .           .           x              x
-codec                x         .          .        .     .    .    .       .           .           .              .
-vq                   x         .          .        .     .    .    .       .           .           .              .
-split_backward       x         .          .        .     .    .    x       x           x           x              x
-compile              x         .          .        .     .    .    .       .           .           .              .
-lr_by_delay          x         x          .        .     .    .    x       .           x           x              x
-track_gradients      x         .          .        .     .    .    .       .           x           .              .
-timeout              x         .          .        .     .    .    .       .           .           .              .
-auxnet               x         x          x        x     x    x    x       x           x           .              .
+              backprop reversible pipedream delayed dsp petra dgl overlapping dgl_async pd_asgd auxnet_penalty auxnet_lagrangian
+stages              .         .          .        .     .    .    .       .          .        .          .                .
+partition           .         .          .        .     .    .    .       .          .        .          .                .
+hops                x         x          .        .     .    .    .       .          x        x          x                x
+gradient            x         x          x        .     x    x    .       .          .        x          x                x
+recover             .         .          .        .     .    .    x       x          x        x          x                x
+weights             x         x          .        .     .    .    x       x          x        .          x                x
+update              .         .          x        .     .    .    x       x          x        .          x                x
+input               x         x          x        x     x    x    .       x          .        x          x                x
+pace                x         x          x        x     x    x    x       x          .        .          x                x
+replay              x         x          x        x     x    x    x       x          .        x          x                x
+clock               x         x          x        x     x    x    x       x          .        x          x                x
+threads             x         x          x        x     x    x    x       x          x        .          x                x
+pass_times          x         x          x        x     x    x    x       x          x        .          x                x
+slow_down           x         x          x        x     x    x    x       x          .        x          x                x
+window              x         x          x        x     x    x    .       .          x        x          x                x
+losses              x         x          x        x     x    x    .       .          .        x          x                x
+head                x         x          x        x     x    x    .       .          .        x          x                x
+head_refresh        x         x          x        x     x    x    .       .          x        x          x                x
+transport           x         x          x        x     x    x    .       .          .        x          x                x
+ensemble            x         x          x        x     x    x    .       .          .        x          x                x
+input_shape         x         x          x        x     x    x    .       .          .        x          .                .
+queue               x         x          x        x     x    x    .       x          .        x          x                x
+stage_lr            x         .          .        .     .    .    .       .          .        .          .                .
+stage_schedulers    x         .          .        .     .    .    .       .          .        .          .                .
+stop_after          x         x          x        x     x    x    .       .          .        x          x                x
+codec               x         .          .        .     .    .    .       .          .        x          .                .
+vq                  x         .          .        .     .    .    .       .          .        x          .                .
+split_backward      x         .          .        .     .    .    x       x          x        x          x                x
+compile             x         .          .        .     .    .    .       .          .        x          .                .
+lr_by_delay         x         x          .        .     .    .    x       .          x        x          x                x
+track_gradients     x         .          .        .     .    .    .       .          x        x          .                .
+timeout             x         .          .        .     .    .    .       .          .        .          .                .
+auxnet              x         x          x        x     x    x    x       x          x        x          .                .
 """
 
 
@@ -152,6 +156,15 @@ def test_what_is_the_default_is_taken_everywhere() -> None:
     ({"method": "dgl", "replay": {"cap": 2}}, "replay", '"input": "stream"'),
     ({"method": "dgl_async", "input": "stream", "replay": {"cap": 2}}, "replay", '"input": "stream"'),
     ({"method": "petra", "update": "flush", "weights": "predicted"}, "weights", '"update": "flush"'),
+    ({"method": "delayed", "update": "layerwise"}, None, ""),
+    ({"method": "petra", "update": "layerwise"}, "update", '"recover": "reconstruct"'),
+    ({"method": "dgl", "update": "layerwise"}, "update", '"gradient": "local"'),
+    ({"method": "pd_asgd", "pace": "ticks"}, "update", '"pace": "ticks"'),
+    ({"method": "pd_asgd", "weights": "predicted"}, "weights", '"update": "layerwise"'),
+    ({"method": "pd_asgd", "pace": "clock", "clock": {"seed": 2}}, "clock", '"input": "stream"'),
+    ({"method": "pd_asgd", "pace": "clock", "slow_down": [2.0, 1.0]}, "slow_down", '"input": "stream"'),
+    ({"method": "pd_asgd", "pass_times": {"forward": [1.0]}}, "pass_times", '"pace": "free"'),
+    ({"method": "pd_asgd", "threads": "auto", "pace": "clock", "pass_times": {"backward": [1.0]}}, None, ""),
 ])
 def test_overrides(block: dict[str, Any], setting: str | None, words: str) -> None:
     error = refusal(block)
@@ -178,9 +191,12 @@ def test_what_is_taken_is_read() -> None:
               "block": {**({"ensemble": True} if axes.window else {}),
                         **({"head": "shared"} if axes.window and axes.pace == "ticks" else {})}}
              for method, axes in PRESETS.items()]
-    ranks = worlds.run(2, settings_cases.all_settings_read, cases)
-    for i, case in enumerate(cases):
-        read = set.union(*(rank[i] for rank in ranks)) | POINT
+    alone = [case for case in cases if PRESETS[case["method"]].layerwise]
+    cases = [case for case in cases if case not in alone]
+    seen = [set.union(*of_ranks) for of_ranks in zip(*worlds.run(2, settings_cases.all_settings_read, cases))]
+    seen += worlds.run(1, settings_cases.all_settings_read, alone)[0]
+    for case, found in zip(cases + alone, seen):
+        read = found | POINT
         unread = {s for s in OTHER if not table()[s, case["method"]]} - read
         # A module that knows a sample input needs no shape of one.
         assert unread <= {"input_shape"}, (case["method"], unread)
@@ -192,7 +208,8 @@ def test_what_is_taken_is_read() -> None:
 def documented() -> dict[str, tuple[str, str]]:
     """By setting: the file that documents it, and where that says it belongs."""
     found: dict[str, tuple[str, str]] = {}
-    for path in (REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("local_losses", "replay", "auxnet"))):
+    for path in (REPO / "README.md", *(REPO / "docs" / f"{name}.md" for name in ("local_losses", "replay", "auxnet",
+                                                                              "asynchronous"))):
         column = None
         for line in path.read_text().splitlines():
             cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []

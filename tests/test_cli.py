@@ -168,26 +168,31 @@ def test_picture(config: Any, tmp_path: Path, ending: str) -> None:
     assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
 
 
+@pytest.mark.parametrize(("method", "told"), [("dgl_async", "replay"), ("pd_asgd", "staleness")])
 @pytest.mark.parametrize("pace", ["free", "clock"])
-def test_what_goes_by_no_plan(config: Any, pace: str) -> None:
-    result = run("plan", config(decoupled("dgl_async", stages=4, pace=pace)))
+def test_what_goes_by_no_plan(config: Any, pace: str, method: str, told: str) -> None:
+    result = run("plan", config(decoupled(method, stages=4, pace=pace)))
     assert result.exit_code == 2 and f'"decoupled.pace": \'{pace}\'' in result.stderr and "no plan" in result.stderr
+    assert f'["{told}"]' in result.stderr
 
 
 def test_methods() -> None:
     result = run("methods")
     assert result.exit_code == 0
     assert result.stdout == """\
-method       gradient  recover      weights  update   input   hops
-backprop     global    graph        current  flush    stream  (0, 1)
-reversible   global    reconstruct  current  flush    stream  (0, 1)
-pipedream    global    graph        stashed  delayed  stream  (0, 1)
-delayed      global    graph        current  delayed  stream  (0, 1)
-dsp          global    input        current  delayed  stream  (1, 1)
-petra        global    reconstruct  current  delayed  stream  (1, 1)
-dgl          local     graph        current  delayed  stream  (0, 1)
-overlapping  local     graph        current  delayed  stream  (0, 1)
-dgl_async    local     graph        current  delayed  replay  (0, 1)
+method             gradient   recover      weights  update     input   hops
+backprop           global     graph        current  flush      stream  (0, 1)
+reversible         global     reconstruct  current  flush      stream  (0, 1)
+pipedream          global     graph        stashed  delayed    stream  (0, 1)
+delayed            global     graph        current  delayed    stream  (0, 1)
+dsp                global     input        current  delayed    stream  (1, 1)
+petra              global     reconstruct  current  delayed    stream  (1, 1)
+dgl                local      graph        current  delayed    stream  (0, 1)
+overlapping        local      graph        current  delayed    stream  (0, 1)
+dgl_async          local      graph        current  delayed    replay  (0, 1)
+pd_asgd            global     graph        current  layerwise  stream  (0, 1)
+auxnet_penalty     auxiliary  graph        current  delayed    auxnet  (0, 1)
+auxnet_lagrangian  auxiliary  graph        current  delayed    auxnet  (0, 1)
 """
 
 

@@ -32,6 +32,7 @@ def test_presets() -> None:
         dgl         local   graph        current  delayed  stream  0,1  1
         overlapping local   graph        current  delayed  stream  0,1  2
         dgl_async   local   graph        current  delayed  replay  0,1  1
+        pd_asgd     global  graph        current  layerwise stream 0,1  0
         auxnet_penalty    auxiliary  graph  current  delayed  auxnet  0,1  0
         auxnet_lagrangian auxiliary  graph  current  delayed  auxnet  0,1  0
     """
@@ -39,7 +40,7 @@ def test_presets() -> None:
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        pace = "free" if name == "dgl_async" else "ticks"
+        pace = "free" if name in ("dgl_async", "pd_asgd") else "ticks"
         assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace,
                                                           "predicted" if name == "auxnet_lagrangian" else "zero")
 

@@ -231,6 +231,13 @@ DECOUPLED += [
     *[Wrong(f"decoupled.clock.{name}", {"decoupled.method": "dgl_async", "decoupled.pace": "clock",
                                         f"decoupled.clock.{name}": value})
       for name, value in (("seed", "x"), ("durations", [1.0]), ("durations", [0.0] * 7), ("warm_start", 1))],
+    *[Wrong(f"decoupled.{name}", {"decoupled.method": "pd_asgd", f"decoupled.{name}": value}) for name, value in (
+        ("threads", 2), ("threads", "many"), ("threads.forward", 0), ("threads.forward", 1000), ("threads.backward", 0),
+        ("threads.backward", 10**6), ("threads.backward", "two"), ("threads.queue", -1), ("threads.queue", 10**9),
+        ("threads.lock", "no"), ("threads.workers", 0), ("pace", "fast"))],
+    *[Wrong(f"decoupled.pass_times.{name}", {"decoupled.method": "pd_asgd", "decoupled.pace": "clock",
+                                             f"decoupled.pass_times.{name}": value})
+      for name, value in (("forward", [1.0]), ("forward", [0.0] * 7), ("backward", [INF] * 7), ("back", [1.0] * 7))],
     *[Wrong(f"decoupled.compile.{name}", {f"decoupled.compile.{name}": value}) for name, value in (
         ("mod", "default"), ("mode", "fast"), ("mode", "reduce-overhead"), ("backend", "eager"), ("dynamic", "yes"))],
     *[Wrong(f"decoupled.codec.{name}", {f"decoupled.codec.{name}": value}) for name, value in (
@@ -250,7 +257,11 @@ WITHOUT_EFFECT = [
     *[Wrong(f"decoupled.{name}", {"decoupled.method": "overlapping", f"decoupled.{name}": value}) for name, value in (
         ("queue", 4), ("recover", "input"), ("split_backward", True), ("head_refresh", 10))],
     *[Wrong(f"decoupled.{name}", {f"decoupled.{name}": value}) for name, value in (
-        ("input", "replay"), ("pace", "free"), ("replay", {"cap": 2}), ("clock", {"seed": 1}), ("slow_down", [2.0] * 7))],
+        ("input", "replay"), ("pace", "free"), ("replay", {"cap": 2}), ("clock", {"seed": 1}), ("slow_down", [2.0] * 7),
+        ("threads", "auto"), ("pass_times", {"forward": [1.0] * 7}))],
+    *[Wrong(f"decoupled.{name}", {"decoupled.method": "pd_asgd", f"decoupled.{name}": value}) for name, value in (
+        ("codec", "int8"), ("compile", True), ("track_gradients", 2), ("pass_times", {"forward": [1.0] * 7}),
+        ("hops", [1, 1]), ("lr_by_delay", 4))],
     *[Wrong(f"decoupled.{name}", {"decoupled": {"method": "backprop", name: value}}) for name, value in (
         ("stage_lr", [1.0] * 7), ("stage_schedulers", [None] * 7), ("track_gradients", 4), ("codec", "bf16"),
         ("split_backward", True), ("timeout", 60), ("queue", 4), ("compile", True), ("lr_by_delay", 4))],

@@ -56,9 +56,10 @@ def plan_report(config: DecoupledConfig, shape: RunShape, *, notes: Sequence[str
         raise ConfigError("--micro-batches", shape.micro_batches, f'with "update": "flush" a run is one batch of k = '
                           f"{shape.k} micro-batches", "Set gradient_accumulation_steps in the file.")
     if axes.pace != "ticks":
+        told = "staleness" if axes.layerwise else "replay"
         raise ConfigError("decoupled.pace", axes.pace, "there is no plan to print: who acts next is only known when it acts"
                           if axes.pace == "free" else "there is no plan to print: stages go by a virtual clock, not by ticks",
-                          'Take a method with "input": "stream", such as "dgl"; engine.decoupled_summary()["replay"] tells how '
+                          f'Take a method that goes by ticks, such as "dgl"; engine.decoupled_summary()["{told}"] tells how '
                           "a run went.")
     plan = Plan.make(Placement.of(shape.stages, shape.ranks), hops=axes.hops, k=shape.k, recover=axes.recover,
                      flush=axes.flush, split_backward=config.split_backward, window=axes.window,

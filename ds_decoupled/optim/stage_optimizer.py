@@ -49,8 +49,8 @@ class StageOptimizer:
     def step(self) -> None:
         """Average over replicas, clip by the stage's own norm, step, clear; the LR scheduler counts this stage's updates."""
         divisor = self.lr_divisor(self.updates)
-        self.updates += 1
         if self.optimizer is None:
+            self.updates += 1
             return
         self.of.before_step()
         rows = [p for p in self.parameters if p.grad is not None and p.grad.is_sparse]
@@ -59,6 +59,11 @@ class StageOptimizer:
         with divided_lr(self.basic_optimizer.param_groups, divisor):
             clip = sparse.clip if rows else None
             self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip)
+        self.stepped()
+
+    def stepped(self) -> None:
+        """An update was made, here or by another hand on the same weights."""
+        self.updates += 1
         if self.lr_scheduler is not None and not getattr(self.optimizer, "overflow", False):  # as DeepSpeed counts
             advance(self.lr_scheduler, self.engine.train_batch_size())
         self.of.moved(self)

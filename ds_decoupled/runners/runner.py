@@ -87,6 +87,16 @@ class Runner(ABC):
     def drain(self) -> None:
         """Finish every micro-batch in flight."""
 
+    def pause(self) -> None:  # noqa: B027  (most act in no background)
+        """Wait until nothing acts in the background: weights and records are about to be read. Raises what failed there."""
+
+    def settle(self) -> None:  # noqa: B027
+        """As :meth:`pause`, whether or not something failed: weights and records are about to be replaced."""
+
+    def report(self) -> dict[str, Any]:
+        """Entries for ``decoupled_summary`` of a runner that has all stages."""
+        return {}
+
     @property
     @abstractmethod
     def in_flight(self) -> int:

@@ -42,14 +42,15 @@ class Need:
     name: str
     holds: Callable[[Any], bool]
     words: str
-    unmet: str | None = None
+    unmet: str | Callable[[Axes], str] | None = None
 
     def against(self, axes: Axes, settings: Mapping[str, Any]) -> str | None:
         """What stands against the condition, in words; None where it is met."""
         value = getattr(axes, self.name) if hasattr(axes, self.name) else settings.get(self.name)
         if self.holds(value):
             return None
-        return self.unmet or f'"{self.name}": {json.dumps(value)}'
+        unmet = self.unmet(axes) if callable(self.unmet) else self.unmet
+        return unmet or f'"{self.name}": {json.dumps(value)}'
 
 
 def axis(name: str, *values: Any) -> Need:
@@ -65,6 +66,13 @@ GLOBAL = Need("gradient", lambda gradient: gradient not in ("local", "auxiliary"
 AUXILIARY = axis("gradient", "auxiliary")
 AUXNET = axis("input", "auxnet")
 DELAYED = axis("update", "delayed")
+OUTLIVED = axis("update", "delayed", "layerwise")
+LAYERWISE = axis("update", "layerwise")
+#: What the threads of a layer-wise update cannot have, all others can.
+PLANNED = Need("update", lambda update: update != "layerwise", 'an "update" other than "layerwise"')
+UNPLANNED = Need("unplanned", bool, '"input": "replay" or "update": "layerwise"',
+                 unmet=lambda axes: f'"input": {json.dumps(axes.input)}')
+KEPT = axis("recover", "graph")
 #: Shapes are to be known before anything is built from them.
 SHAPED = axis("gradient", "local", "auxiliary")
 #: Every stage works on the same micro-batches.
@@ -113,6 +121,7 @@ class Row:
 #: What to do, and why not, of several rows.
 LEAVE_LOCAL = 'Take "method": "dgl" or "overlapping", or leave it out.'
 LEAVE_REPLAY = 'Leave it out, or take "method": "dgl_async".'
+LEAVE_THREADS = 'Leave it out, or take "method": "pd_asgd".'
 LEAVE_BACKPROP = 'Leave it out, or take another method.'
 AT_ONCE = "a stage with local losses, or with a generated input, goes back through its graph at once"
 
@@ -142,17 +151,31 @@ ROWS: tuple[Row, ...] = (
            'Take "method": "auxnet_penalty", or "input": "stream".'),
     Row("auxnet", (AUXNET,), "no input is generated", 'Leave it out, or take "method": "auxnet_penalty".'),
     _value("input", "replay", (OWN_PACE,), "every micro-batch comes in its tick, once", 'Leave "pace" out, or take "free".'),
-    Row("pace", (REPLAY,), "stages that stream go by a plan", 'Leave "pace" out, or take "method": "dgl_async".',
+    Row("pace", (UNPLANNED,), "stages that stream go by a plan", 'Leave "pace" out, or take "method": "dgl_async".',
         lambda pace: pace in ("clock", "free"), '"clock" and "free"'),
     Row("replay", (REPLAY,), "there is no ring", LEAVE_REPLAY),
     Row("clock", (axis("pace", "clock"),), "nothing goes by a virtual clock", 'Leave it out, or take "pace": "clock".'),
+    Row("clock", (REPLAY,), "nobody draws turns", 'Leave it out; "pass_times" say how long passes take.'),
     Row("slow_down", (OWN_PACE,), "stages wait for one another", LEAVE_REPLAY),
+    Row("slow_down", (REPLAY,), "threads go through all stages", 'Leave it out; "pass_times" say how long passes take.'),
+    _value("update", "layerwise", (GLOBAL,), "a stage with a loss of its own steps when its gradient exists anyway",
+           'Leave "update" out.'),
+    _value("update", "layerwise", (STREAM,), "a backward thread goes through all stages", 'Leave "input" out.'),
+    _value("update", "layerwise", (KEPT,), "a stage rebuilds its input from what other threads change meanwhile",
+           'Take "recover": "graph", or "update": "delayed".'),
+    _value("update", "layerwise", (OWN_PACE,), 'each stage steps after its own backward pass with "update": "delayed"',
+           'Take "update": "delayed", or leave "pace" out.'),
+    Row("threads", (LAYERWISE,), "a rank goes forward and back in one thread", LEAVE_THREADS),
+    Row("threads", (axis("pace", "free"),), "one thread acts for all", 'Leave "lock" out, or take "pace": "free".',
+        lambda threads: threads is not None and threads.lock == "none", '"lock": "none"'),
+    Row("pass_times", (LAYERWISE,), "stages wait for one another", LEAVE_THREADS),
+    Row("pass_times", (axis("pace", "clock"),), "passes take their own time", 'Leave it out, or take "pace": "clock".'),
     _value("update", "flush", (GLOBAL,), "stages wait for no flush",
            'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.'),
     _value("recover", "input", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
     _value("recover", "reconstruct", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),
     _value("weights", "stashed", (GLOBAL,), AT_ONCE, 'Leave "weights" out, or take "current".'),
-    _value("weights", "stashed", (DELAYED,), "the weights are the same in the forward and the backward pass",
+    _value("weights", "stashed", (OUTLIVED,), "the weights are the same in the forward and the backward pass",
            'Take "weights": "current", or "update": "delayed".'),
     _value("weights", "predicted", (GLOBAL,), AT_ONCE, 'Leave "weights" out, or take "current".'),
     _value("weights", "predicted", (DELAYED, axis("recover", "input", "reconstruct")), "there is nothing to predict: the "
@@ -172,18 +195,24 @@ ROWS: tuple[Row, ...] = (
            'Leave "window" out, or take another head.'),
     Row("ensemble", (VOTES,), "lower heads rebuild their stages' inputs and say nothing of classes", "Leave it out."),
     Row("queue", (LOCAL, ALONE), "what comes back keeps ranks together", 'Leave it out, or take "method": "dgl".'),
-    Row("lr_by_delay", (DELAYED, TOGETHER, LATE), "no gradient comes late",
+    Row("lr_by_delay", (DELAYED, TOGETHER, LATE), "no gradient comes late by a number of updates that is known before",
         'Leave "lr_by_delay" out, or take a method with a delay.'),
     _decoupled("stage_lr", "it has one optimizer and one rate for all stages"),
     _decoupled("stage_schedulers", "it has one scheduler for all stages", 'Set "scheduler", or take another method.'),
     _decoupled("codec", "it sends tensors as they are"),
     _decoupled("vq", "it sends tensors as they are"),
+    *(Row(codec, (PLANNED,), "tensors stay where they are, between threads of one process", "Leave it out.")
+      for codec in ("codec", "vq")),
     Row("vq", (VECTORS,), "nothing is quantized by vectors", 'Leave it out, or take "codec": {"forward": "vq"}.'),
     _decoupled("split_backward", "its backward passes are whole"),
     Row("split_backward", (GLOBAL,), AT_ONCE, 'Leave "split_backward" out.'),
+    Row("split_backward", (PLANNED,), "no rank waits for the gradient", 'Leave "split_backward" out.'),
     _decoupled("compile", "it compiles on demand", "Leave it out and call engine.compile()."),
+    Row("compile", (PLANNED,), "each micro-batch in flight has layers of its own, and compiles them", "Leave it out."),
     Row("compile", (WHOLE,), "a compiled backward pass would have to be halved", "Leave one of the two out."),
     _decoupled("track_gradients", "every gradient is the exact one"),
+    Row("track_gradients", (PLANNED,), "the weights change while the exact gradient is computed",
+        'Leave "track_gradients" out.'),
     Row("track_gradients", (IN_STEP,), "stages work on different micro-batches", 'Leave "track_gradients" out.'),
     _decoupled("timeout", "it waits as long as its process groups do", "Leave it out, or give deepspeed.init_distributed() a "
                "timeout."),

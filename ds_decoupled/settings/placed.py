@@ -20,11 +20,16 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
     if axes.window > stages:
         raise ConfigError(f"{BLOCK}.window", axes.window, f"at most the number of stages, which is {stages}",
                           "Take a smaller window or more stages.")
-    for name in ("stage_lr", "stage_schedulers", "stop_after", "slow_down", "clock.durations"):
+    for name in ("stage_lr", "stage_schedulers", "stop_after", "slow_down", "clock.durations", "pass_times.forward",
+                 "pass_times.backward"):
         value = attrgetter(name)(config)
         if value is not None and len(value) != stages:
             raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
                               f"Give a list of {stages}, or leave it out.")
+    if axes.layerwise and placement.ranks > 1:
+        raise ConfigError(f"{BLOCK}.update", axes.update, "forward and backward threads share the whole model, and here it "
+                          f"lies on {placement.ranks} pipe ranks", 'Build the module with num_stages=1, or take "method": '
+                          '"delayed", where each stage steps after its own backward pass.')
     auxnet = config.auxnet
     if axes.input == "auxnet" and stages == 1 and auxnet != AuxNetSettings():
         raise ConfigError(f"{BLOCK}.auxnet", auxnet.model_dump(exclude_defaults=True), "there is one stage, whose input "

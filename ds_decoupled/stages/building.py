@@ -13,12 +13,17 @@ from ds_decoupled.schedules import Placement
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.auxiliary import AuxiliaryStage
 from ds_decoupled.stages.compiled import check_compiler, compile_layers, outlives_updates
+from ds_decoupled.stages.layerwise import LayerwiseStage
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds, drawn_seed
 from ds_decoupled.stages.stage import Shared, Stage
+from ds_decoupled.stages.threaded import ThreadedStage
 
 #: By the value of the ``gradient`` axis.
 STAGES: dict[str, type[Stage]] = {"global": Stage, "local": LocalStage, "auxiliary": AuxiliaryStage}
+
+#: By the pace, where the update is layer-wise.
+LAYERWISE: dict[str, type[Stage]] = {"clock": LayerwiseStage, "free": ThreadedStage}
 
 
 def seeds_of(module: Any, grid: Any, device: Any) -> LayerSeeds:
@@ -51,11 +56,12 @@ def build_stages(module: Any, rank: int, placement: Placement, config: Decoupled
         compile_layers(module.forward_funcs, compiled, outlives_updates(axes))
     shared = Shared(axes, placement.stages, module.loss_fn, seeds, autocast(), config.losses == "farthest",
                     config.transport, config.auxnet, module.get_additional_losses)
+    kind = LAYERWISE[axes.pace] if axes.layerwise else STAGES[axes.gradient]
     stages: dict[int, Stage] = {}
     for index in placement.stages_of(rank):
         layers = placement.layers_of(index)
         # Only the lowest stage sends its gradient to another rank, which then need not wait for the weights'.
         puts_off = config.split_backward and rank > 0 and not stages
-        stages[index] = STAGES[axes.gradient](index, module.forward_funcs[layers.start - start:layers.stop - start],
-                                              layers.start, shared, split_backward=puts_off)
+        stages[index] = kind(index, module.forward_funcs[layers.start - start:layers.stop - start], layers.start, shared,
+                             split_backward=puts_off)
     return stages

@@ -89,3 +89,11 @@ def backward(outputs: Tensors, grads: Gradients) -> None:
 def input_gradients(inputs: Tensors) -> Gradients:
     """What the leaves have collected; None where nothing reached one."""
     return tuple(t.grad if t.requires_grad else None for t in as_tuple(inputs))
+
+
+def scalar_loss(loss_fn: Callable[[Any, Any], Tensor] | None, outputs: Any, labels: Any) -> Tensor:
+    """``loss_fn(outputs, labels)``; ``outputs`` where there is none. Raises TypeError for what is no scalar."""
+    loss = loss_fn(outputs, labels) if loss_fn is not None else outputs
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(f"the loss must be a tensor with one element; loss_fn of the pipeline module gave {loss!r:.80}")
+    return loss

@@ -16,7 +16,7 @@ from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphSegment
-from ds_decoupled.stages.layers import Layer, Layers, Listener, backward, input_gradients
+from ds_decoupled.stages.layers import Layer, Layers, Listener, backward, input_gradients, scalar_loss
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeSegment
@@ -276,12 +276,13 @@ class Stage:
         """Means since the last call (loss and accuracy by its own loss, or what else it has of its own); None for nothing."""
         return None
 
+    def report(self) -> dict[str, Any]:
+        """What it has to tell of the run, beside what every stage has."""
+        return {}
+
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
         """The scalar loss."""
-        loss = self.loss_fn(outputs, labels) if self.loss_fn is not None else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"the loss must be a tensor with one element; loss_fn of the pipeline module gave {loss!r:.80}")
-        return loss
+        return scalar_loss(self.loss_fn, outputs, labels)
 
     # -- without records ------------------------------------------------------------------------------------------------
 

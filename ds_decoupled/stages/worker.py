@@ -52,6 +52,11 @@ class Worker:
         for slot, parts in outcome.given.items():
             if slot in self.queues:
                 self.queues[slot].send(Message(micro_batch, parts))
+        self.settle(kind, micro_batch, outcome)
+        return outcome
+
+    def settle(self, kind: Kind, micro_batch: int, outcome: Outcome) -> None:
+        """What follows from an action of the stage, beside its messages: watchers, loss and optimizer hear of it."""
         # Before the optimizer: in bf16 it moves the gradients away to its float32 copies.
         for watcher in self.watchers:
             watcher.acted(Action(self.stage.index, kind, micro_batch), outcome)
@@ -62,15 +67,14 @@ class Worker:
         if outcome.steps:
             self.optimizer.step()
             self._stop_if_due()
-        return outcome
 
     def _stop_if_due(self) -> None:
         if self.stop_after is not None and not self.stage.stopped and self.optimizer.updates >= self.stop_after:
             self.stage.stop()
 
-    def report(self) -> dict[str, int]:
-        """The most micro-batches that were in flight at once, and the updates made."""
-        return {"records": self.stage.peak_in_flight, "updates": self.optimizer.updates}
+    def report(self) -> dict[str, Any]:
+        """The most micro-batches that were in flight at once, the updates made, and what the stage itself has to tell."""
+        return {"records": self.stage.peak_in_flight, "updates": self.optimizer.updates, **self.stage.report()}
 
     def state_dict(self) -> dict[str, Any]:
         """The stage with what is in flight, and its optimizer."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import ds_decoupled
 from bench.models import make_model
+from ds_decoupled.config import PRESETS
 from ds_decoupled.flushed import FlushedPipelineEngine
 from ds_decoupled.models import next_token_loss
 from run.tables import MIB, table
@@ -104,7 +105,9 @@ HEADINGS = ["method", "net", "P", "resident MiB, at a tenth – at the end", "sl
 def long(methods: Sequence[str], ranks: Sequence[int], updates: int) -> tuple[str, list[dict[str, Any]]]:
     """Every method on every net and number of ranks, one run after the other: a table, and all looks."""
     rows, found = [], []
-    for method, net, p in tqdm(list(itertools.product(methods, REVERSIBLE_NETS, ranks)), unit="run"):
+    runs = [(method, net, p) for method, net, p in itertools.product(methods, REVERSIBLE_NETS, ranks)
+            if p == 1 or not PRESETS[method].layerwise]  # threads share a model that lies on one rank
+    for method, net, p in tqdm(runs, unit="run"):
         with World(p, watch, method, net, updates, pinned=True) as world:
             try:
                 told = list(iter(lambda: world.answers(), [None] * p))  # noqa: B023  (used up at once)

@@ -20,6 +20,7 @@ class Method:
         ranks: whether it can run on several.
         copies: on several ranks, each runs the whole of it for itself: as much as the machine's cores can do side by side.
         extra: runs only where it is asked for.
+        all_cores: its threads run on all of the machine's cores, where a rank of others has one.
     """
 
     label: str
@@ -30,10 +31,17 @@ class Method:
     ranks: bool = True
     copies: bool = False
     extra: bool = False
+    all_cores: bool = False
 
 
 def _ours(label: str, cost: str, method: str, extra: bool = False, **block: Any) -> Method:
     return Method(label, "engine", {"method": method, "stages": "blocks", **block}, cost, extra=extra)
+
+
+def _threads(label: str, stages: int | str = "blocks", **threads: Any) -> Method:
+    """Threads that share a model on one rank."""
+    return Method(label, "engine", {"method": "pd_asgd", "stages": stages, "threads": threads}, ranks=False, extra=True,
+                  all_cores=True)
 
 
 METHODS: dict[str, Method] = {
@@ -53,6 +61,13 @@ METHODS: dict[str, Method] = {
     "dgl": _ours("dgl", "local", "dgl"),
     "dgl-chunked": Method("dgl, one stage a rank", "engine", {"method": "dgl", "stages": "ranks"}, one_rank=False),
     "dgl_async": _ours("dgl_async, ranks run free", "local", "dgl_async", extra=True),
+    "pd_asgd": _threads("pd_asgd, 1 forward and 2 backward threads", forward=1, backward=2),
+    "pd_asgd-11": _threads("pd_asgd, 1 forward and 1 backward thread", forward=1, backward=1),
+    "pd_asgd-21": _threads("pd_asgd, 2 forward and 1 backward thread", forward=2, backward=1),
+    "pd_asgd-whole": _threads("pd_asgd 1:2, updates of the whole model", 1, forward=1, backward=2),
+    "hogwild-2": _threads("hogwild, 2 workers", 1, workers=2, lock="none"),
+    "hogwild-3": _threads("hogwild, 3 workers", 1, workers=3, lock="none"),
+    "hogwild-3-layers": _threads("hogwild, 3 workers, layer by layer", workers=3, lock="none"),
     "overlapping": _ours("overlapping, window 2", "local", "overlapping", extra=True),
     **{name: Method(f"{name}, one stage a rank", "engine", {"method": name, "stages": "ranks"}, one_rank=False, extra=True)
        for name in ("auxnet_penalty", "auxnet_lagrangian")},

@@ -56,12 +56,14 @@ class Meter:
 
 def time_calls(runner: Runner, meter: Meter, calls: int) -> dict[str, float]:
     """Run so many calls from a common start; when they began and ended (one clock for all processes), and the counters."""
+    runner.pause()
     if dist.is_initialized():
         dist.barrier()
     meter.reset()
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(calls):
         runner.call()
+    runner.pause()  # threads have the last micro-batches still before them
     end = time.perf_counter()
     return {"start": start, "end": end, "cpu": time.process_time() - cpu, "waited": meter.waited,
             "bytes_sent": float(meter.bytes_sent)}

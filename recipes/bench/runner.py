@@ -80,6 +80,11 @@ class Runner:
     def ours(self) -> bool:
         return isinstance(self.engine, ds_decoupled.DecoupledPipelineEngine)
 
+    def pause(self) -> None:
+        """Wait for what threads do in the background, if any."""
+        if self.ours:
+            self.engine.runner.pause()
+
 
 def build(configuration: Configuration, model: Model, bounds: list[int], *, block: Mapping[str, Any] | None = None,
           optimizer: Mapping[str, Any] = SGD, data: Iterator[tuple[Tensor, Tensor]] | None = None) -> Runner:

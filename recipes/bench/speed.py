@@ -50,7 +50,8 @@ def measure(model: Model, chosen: list[Configuration], times: dict[str, list[flo
         bar.update()
 
     def begin(c: Configuration) -> None:
-        alive[c] = ends.enter_context(World(c.ranks, serve, c, model, measured[c].bounds, pinned=True))
+        alive[c] = ends.enter_context(World(c.ranks, serve, c, model, measured[c].bounds,
+                                               pinned=not METHODS[c.method].all_cores))
         alive[c].answers()
 
     def time_once(c: Configuration) -> None:
