@@ -142,8 +142,6 @@ def main(arguments: list[str] | None = None) -> None:
             parse_block(setting.config(study))  # also refuses numbers of stages that the model does not have
         check_study(args, study)
         missing = results.missing(wanted)
-        if len(missing) < len(wanted):
-            print(f"{args.output} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)
         results.execute(missing, study.micro_batches, args.jobs, args.threads or max(1, cores // args.jobs))
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -91,10 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             kind = Kind("image study", ImageStudy, lambda held: ImageSetting(**held), partial(train_alone, images=str(images)),
                         "test_accuracy", lambda run: f"{run['test_accuracy']:.2%}", unit="update")
             results = Results(output, study, kind)
-            missing = results.missing(wanted)
-            if len(missing) < len(wanted):
-                print(f"{output} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)
-            if missing:
+            if missing := results.missing(wanted):
                 steps = prepare(study, images)
                 results.execute(missing, steps, args.jobs, max(1, usable_cores() // args.jobs))
     except ConfigError as error:

@@ -81,8 +81,11 @@ class Results(Generic[S]):
             raise ConfigError("--output", str(path), f"it holds a study with other settings: {other}", "Give another name.")
 
     def missing(self, wanted: list[S]) -> list[S]:
-        """Those not done, or failed, in order."""
-        return [setting for setting in wanted if self.kind.result not in self.runs.get(setting, {})]
+        """Those not done, or failed, in order; says how many are."""
+        missing = [setting for setting in wanted if self.kind.result not in self.runs.get(setting, {})]
+        if len(missing) < len(wanted):
+            print(f"{self.path} holds {len(wanted) - len(missing)} of {len(wanted)} runs already", file=sys.stderr)
+        return missing
 
     def add(self, setting: S, run: dict[str, Any]) -> None:
         """Add a run and write the file anew; it is never half written."""
