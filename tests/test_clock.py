@@ -15,7 +15,7 @@ from nets import batches_for
 
 from ds_decoupled.axes import PRESETS
 from ds_decoupled.config import block_of
-from ds_decoupled.schedules import Placement, Plan, format_actions
+from ds_decoupled.schedules import Kind, Placement, Plan, format_actions
 from ds_decoupled.schedules.asynchronous import AsynchronousOrder, OwnPace
 from ds_decoupled.schedules.replay import Replay
 from ds_decoupled.schedules.turns import Clock
@@ -114,6 +114,19 @@ def test_resume(ranks: tuple[int, int], tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     c = engine_cases.merged(worlds.run(1, engine_cases.resume, case, str(tmp_path / "b")))
     assert all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_another_k() -> None:
+    """Between two calls, where no stage is in the middle of an update: every update is of as many gradients as k says then."""
+    placement = Placement.of(2, 1)
+    plans = [Plan.make(placement, hops=(0, 1), k=k, recover="graph", flush=False, window=1) for k in (2, 3)]
+    order = AsynchronousOrder(plans[0], OwnPace(Replay(size=2), Clock(durations=(1.0, 1.0))))
+    before = [action for _ in range(4) for action in order.call()]
+    order.plan = plans[1]
+    after = [action for _ in range(3) for action in order.call()]
+    made = [[action.micro_batch for action in actions if action.kind is Kind.UPDATE and action.stage == 0]
+            for actions in (before, after)]
+    assert made == [[0, 1], [2]] and order.gradients == [0, 0]
 
 
 def test_order_reads() -> None:

@@ -28,7 +28,8 @@ class FreeRunner(Runner):
     """This rank's turns.
 
     Attributes:
-        turns: by stage; a stage steps after every k of them.
+        turns: by stage.
+        gradients: by stage, since its last update; a stage steps when it has k.
         sent: numbers given to what a stage made, its turns and what it only forwarded.
     """
 
@@ -40,7 +41,7 @@ class FreeRunner(Runner):
         if self.pace.replay.cap is not None and self.network.replicas is not None:
             raise ConfigError("decoupled.replay.cap", self.pace.replay.cap, 'with "pace": "free" and data-parallel replicas '
                               "one may find nothing to use where another does, and they step together", "Leave it out.")
-        self.turns, self.sent = dict.fromkeys(self.workers, 0), dict.fromkeys(self.workers, 0)
+        self.turns, self.sent, self.gradients = (dict.fromkeys(self.workers, 0) for _ in range(3))
         self.bottom, self.top = min(self.workers), max(self.workers)
 
     def train(self) -> DataEnd | None:
@@ -105,8 +106,10 @@ class FreeRunner(Runner):
         self.act(Action(stage, Kind.LOSS, number))
         if stage == self.top < self.plan.placement.stages - 1:
             self.act(Action(stage, Kind.SEND_ACTIVATION, number))
-        if self.turns[stage] % self.plan.k == 0:
-            self.act(Action(stage, Kind.UPDATE, self.turns[stage] // self.plan.k - 1))
+        self.gradients[stage] += 1
+        if self.gradients[stage] == self.plan.k:
+            self.act(Action(stage, Kind.UPDATE, self.workers[stage].optimizer.updates))
+            self.gradients[stage] = 0
 
     def _use_up(self) -> None:
         while self.bottom in self.network.rings and self.network.rings[self.bottom].order.unseen:
@@ -143,17 +146,18 @@ class FreeRunner(Runner):
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks. A collective call."""
-        told = gather((self.turns, self.sent, self.in_flight))
-        return {"turns": {s: n for turns, _, _ in told for s, n in turns.items()},
-                "sent": {s: n for _, sent, _ in told for s, n in sent.items()}, "unseen": sum(unseen for *_, unseen in told)}
+        told = gather(({"turns": self.turns, "sent": self.sent, "gradients": self.gradients}, self.in_flight))
+        merged = {name: {s: n for counts, _ in told for s, n in counts[name].items()} for name in told[0][0]}
+        return {**merged, "unseen": sum(unseen for _, unseen in told)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.turns = {s: state["turns"][s] for s in self.workers}
         self.sent = {s: state["sent"][s] for s in self.workers}
+        self.gradients = {s: state["gradients"][s] for s in self.workers}
         self.end = None
 
     def rests(self, state: dict[str, Any]) -> bool:
-        return state["unseen"] == 0 and all(turns % self.plan.k == 0 for turns in state["turns"].values())
+        return state["unseen"] == 0 and not any(state["gradients"].values())
 
     def sent_up(self) -> int:
         return 0  # nothing comes back for what was sent

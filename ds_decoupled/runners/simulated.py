@@ -28,6 +28,7 @@ class SimulatedRunner(Runner):
         self.order = AsynchronousOrder(self.plan, self.pace)
 
     def train(self) -> DataEnd | None:
+        self.order.plan = self.plan  # k may have changed between two drains
         if self.end is None:
             # Ranks above the first would only learn of the end in the middle of a call, when some have done more than others.
             error = self.network.agree(self.next_micro_batch, self._fetch())
@@ -85,7 +86,7 @@ class SimulatedRunner(Runner):
 
     def rests(self, state: dict[str, Any]) -> bool:
         seen = all(uses for ring in state["rings"].values() for uses in ring["uses"].values())
-        return seen and all(turns % self.plan.k == 0 for turns in state["turns"])
+        return seen and not any(state["gradients"])
 
     def sent_up(self) -> int:
         return 0  # nothing comes back for what was sent

@@ -47,7 +47,10 @@ class AsynchronousOrder:
         pace: replay and clock.
 
     Attributes:
+        plan: may get another k where no stage is in the middle of an update.
         turns: made so far, by stage.
+        updates: likewise.
+        gradients: since the last update, by stage.
         idle: turns in which a stage found nothing, by stage.
         rings: what lies in the ring before each stage, by stage; stage 0 has none.
     """
@@ -56,7 +59,7 @@ class AsynchronousOrder:
         stages = plan.placement.stages
         self.plan = plan
         self._warm = pace.replay.size if pace.clock.warm_start else 0
-        self.turns, self.idle = [0] * stages, [0] * stages
+        self.turns, self.idle, self.updates, self.gradients = ([0] * stages for _ in range(4))
         self.rings = {s: ReplayOrder(pace.replay) for s in range(1, stages)}
         self._next = pace.clock.turns(stages)
 
@@ -110,16 +113,21 @@ class AsynchronousOrder:
             if ranks[stage] != ranks[stage + 1]:
                 yield Action(stage, Kind.SEND_ACTIVATION, number)
                 yield Action(stage + 1, Kind.RECV_ACTIVATION, number)
-        yield from self.plan.update_if_due(stage, number)
+        self.gradients[stage] += 1
+        if self.gradients[stage] == self.plan.k:
+            yield Action(stage, Kind.UPDATE, self.updates[stage])
+            self.updates[stage], self.gradients[stage] = self.updates[stage] + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order is."""
-        return {"turns": list(self.turns), "idle": list(self.idle), "next": self._next.state_dict(),
+        return {"turns": list(self.turns), "idle": list(self.idle), "updates": list(self.updates),
+                "gradients": list(self.gradients), "next": self._next.state_dict(),
                 "rings": {stage: ring.state_dict() for stage, ring in self.rings.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.turns, self.idle = list(state["turns"]), list(state["idle"])
+        self.updates, self.gradients = list(state["updates"]), list(state["gradients"])
         self._next.load_state_dict(state["next"])
         for stage, ring in self.rings.items():
             ring.load_state_dict(state["rings"][stage])
