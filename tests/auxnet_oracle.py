@@ -2,7 +2,7 @@
 
 Per micro-batch, K stages F_0..F_{K-1}, lambda_0 = x, and a chain of small steps that makes the inputs of the others::
 
-    1  lambda_{k+1} = step_k(lambda_k)        (= G_{k+1}(x); a step learns with its input detached)
+    1  lambda_{k+1} = step_k(lambda_k)        (= G_{k+1}(x), one network)
     2  z_k = F_k(lambda_k)
     3  gradient of z_k is -c_fit (lambda_{k+1} - z_k) - kappa_{k+1}, the last stage's is d phi; p_k is what reaches lambda_k
     4  lambda^_k = lambda_k - eta_k (p_k + c_pull (lambda_k - z_{k-1}) + kappa_k)
@@ -10,10 +10,12 @@ Per micro-batch, K stages F_0..F_{K-1}, lambda_0 = x, and a chain of small steps
     6  the steps learn 1/2 |G_k(x) - lambda^_k|^2 / (N_k v_k)
     7  more sweeps repeat 3 to 5 for the same lambda_k, where z_k is drawn to lambda^_{k+1} (penalty) or kappa moves (kept)
 
-c = beta / (N_k v_k), eta_k = eta / c_pull; N_k the elements of z_k, v_k its mean square at the first micro-batch. Where p_k
+c = beta / (N_k v_k), eta_k = eta / c_pull; N_k the elements of z_k, v_k its variance about each channel's mean: the first
+micro-batch's, and after every update a hundredth of the way to the mean of that update's. Where p_k
 came through a penalty it is multiplied by pull / fit. A stage sweeps until the loss has been heard there, so once for each
 stage above it. Predicted kappas: s_k * head_k(z_k), where the head learns -p/s_k, s_k the root mean square of the first p; they
-are kept out of step 4. With k micro-batches an update the whole objective is divided by k.
+are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes through all
+steps at once, which is the same but for the order of sums.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ class AuxNetOracle:
     def __init__(self, stages: list[nn.Sequential], steps: list[nn.Module], heads: list[nn.Module] | None = None, *,
                  fit: float = 3.0, pull: float = 0.1, eta: float = 1.0, sweeps: int = 1, kappa: str = "zero",
                  trust: float | None = None, growth: tuple[float, int] | None = None, k: int = 1, lr: float = 0.1,
-                 momentum: float = 0.9, aux_lr: float = 3e-3) -> None:
-        self.stages, self.steps, self.heads, self.k = stages, steps, heads, k
+                 momentum: float = 0.9, aux_lr: float = 3e-3, whole: bool = False) -> None:
+        self.stages, self.steps, self.heads, self.k, self.whole = stages, steps, heads, k, whole
         self.fit, self.pull, self.eta, self.sweeps, self.kappa, self.trust, self.growth = \
             fit, pull, eta, sweeps, kappa, trust, growth
         self.optimizers = [torch.optim.SGD(s.parameters(), lr=lr, momentum=momentum) for s in stages]
         self.aux = [torch.optim.Adam([*step.parameters(), *(heads[s].parameters() if heads else ())], lr=aux_lr)
                     for s, step in enumerate(steps)]
         self.v: dict[int, Tensor] = {}
+        self.seen: dict[int, list[Tensor]] = {s: [] for s in range(len(steps))}
         self.s: dict[int, Tensor] = {}
         self.grads: list[list[list[Tensor]]] = []  # by micro-batch and stage
         self.losses: list[float] = []
@@ -51,12 +54,17 @@ class AuxNetOracle:
                 for optimizer in (*self.optimizers, *self.aux):
                     optimizer.step()
                     optimizer.zero_grad()
+                for s, seen in self.seen.items():
+                    self.v[s] = torch.lerp(self.v[s], torch.stack(seen).mean(), 0.01)
+                    seen.clear()
 
     def _micro_batch(self, m: int, x: Tensor, y: Tensor) -> None:
         K, scale = len(self.stages), 1 / self.k
         inputs, generated = [x], []
-        for step in self.steps:  # 1
-            generated.append(step(inputs[-1].detach()))
+        entered: list[Tensor] = []
+        for s, step in enumerate(self.steps):  # 1
+            entered.append(inputs[-1].detach().requires_grad_(s > 0))
+            generated.append(step(generated[-1] if self.whole and s > 0 else entered[-1]))
             inputs.append(generated[-1].detach().requires_grad_())
         z = [stage(lam) for stage, lam in zip(self.stages, inputs)]  # 2
         phi = cross_entropy(z[-1], y)
@@ -67,7 +75,10 @@ class AuxNetOracle:
         links = range(K - 1)
         outputs = [value.detach() for value in z]
         for s in links:
-            self.v.setdefault(s, outputs[s].square().mean())
+            channel = {4: 1, 3: 2, 2: 1}[outputs[s].dim()]
+            others = [d for d in range(outputs[s].dim()) if d != channel]
+            self.seen[s].append((outputs[s] - outputs[s].mean(others, keepdim=True)).square().mean())
+            self.v.setdefault(s, self.seen[s][0])
         c_fit = [scale * grown * self.fit / outputs[s].numel() / self.v[s] for s in links]
         c_pull = [scale * grown * self.pull / outputs[s].numel() / self.v[s] for s in links]
         lam = [value.detach() for value in generated]
@@ -117,14 +128,21 @@ class AuxNetOracle:
             for parameter, value in zip(stage.parameters(), grads):
                 parameter.grad = value.clone() if parameter.grad is None else parameter.grad + value
         self.grads.append(found)
-        for s in links:  # 6
+        learned: Any = 0.0
+        for s in reversed(links):  # 6
             to_be = hat(s, p[s + 1]) if self.sweeps - 1 < K - 1 - s else last_hat[s]
             loss = (generated[s] - to_be).square().sum() * (scale * 0.5 / to_be.numel() / self.v[s])
             if self.heads is not None:
                 self.s.setdefault(s, (p[s + 1] / scale).square().mean().sqrt())
                 wanted = -p[s + 1] / (scale * self.s[s])
                 loss = loss + (guesses[s] - wanted).square().mean() * (scale * 0.5)
-            loss.backward()
+            learned = learned + loss
+            if not self.whole:
+                # The chain rule, step by step from the last.
+                above = [] if s == K - 2 else [(generated[s], entered[s + 1].grad)]
+                torch.autograd.backward([loss, *(root for root, _ in above)], [None, *(grad for _, grad in above)])
+        if self.whole:
+            learned.backward()
 
 
 def copies(modules: dict[int, nn.Module], count: int) -> list[nn.Module]:

@@ -90,6 +90,19 @@ def test_definition(trained: dict[int, list[list[dict[str, Any]]]], ranks: int) 
                 assert any(not torch.equal(p, q) for p, q in zip(found.parameters(), start.parameters())), (case, s)
 
 
+def test_steps_learn_as_one_network(trained: dict[int, list[list[dict[str, Any]]]]) -> None:
+    """Autograd through all of them at once finds the same."""
+    for case, results in zip(CASES, trained[1]):
+        by_step, whole = oracle_of(case, results), oracle_of(case, results)
+        whole.whole = True
+        x, y = batches(1)[0]
+        for oracle in (by_step, whole):
+            oracle._micro_batch(0, x, y)
+        for step, other in zip(by_step.steps, whole.steps):
+            one, all_at_once = (torch.cat([p.grad.flatten() for p in part.parameters()]) for part in (step, other))
+            assert one.norm() > 0 and (one - all_at_once).norm() < 1e-5 * one.norm(), case
+
+
 def test_losses_and_metrics(trained: dict[int, list[list[dict[str, Any]]]]) -> None:
     """The last stage's own loss, where it is known; mismatches of the others; the AuxNet's share."""
     for case, results in zip(CASES, trained[1]):
@@ -208,8 +221,8 @@ def test_statistics_of_the_serial_network() -> None:
 
 
 def test_time_by_the_simulator() -> None:
-    """A rank's own work, N and P and T, and what the rank above is later by: its N, unless it is the last, which has none."""
-    for ranks, ticks in ((1, 3.0), (2, 3.3), (3, 3.4), (8, 3.4)):
+    """A stage's own three, and one pass up and down the AuxNet."""
+    for ranks, ticks in ((1, 3.0), (2, 3.3), (3, 3.6), (8, 5.1)):
         plan = Plan.make(Placement.of(ranks, ranks), hops=(0, 1), k=1, recover="graph", flush=False, sweeps=1)
         assert simulate(plan, 40).time_per_micro_batch == pytest.approx(ticks)
 

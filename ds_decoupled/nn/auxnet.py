@@ -6,7 +6,8 @@ from the shapes:
 
 ==============  =======================================================================================================
 images          ``pool(x) + expand(blocks(enter(x)))``: 3x3 convolutions to ``inner`` channels (one for each halving of the
-                picture), residual blocks of ``inner`` channels, 1x1 convolution to the stage's own; batch norm and ReLU
+                picture), residual blocks of ``inner`` channels, 1x1 convolution to the stage's own; batch norm and ReLU;
+                a ReLU at the end where the stage ends with one
 token streams   ``x + expand(gelu(attention(causal convolution(narrow(norm(x))))))``, so many times; token ids are embedded
                 first. Nothing of a later token reaches an earlier one
 feature vectors ``linear(x) + expand(relu(...))`` by layers of ``inner`` features
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.tensors import Tensors, as_tuple, channel_dim
+from ds_decoupled.tensors import Tensors, as_tuple, channel_dim, map_tensors
 
 SETTING = "decoupled.auxnet.net"
 OWN = 'Cut the stages elsewhere, or give a callable of your own, "net": "module:callable".'
@@ -138,11 +139,15 @@ class Step(nn.Module):
     Args:
         body: from one tensor to one.
         outputs: what the stage gives: one tensor, or several of which the channels are joined.
+
+    Attributes:
+        rectified: of each tensor, whether the stage's is never negative, so that a ReLU ends the step too.
     """
 
     def __init__(self, body: nn.Module, outputs: Tensors) -> None:
         super().__init__()
         self.body = body
+        self.rectified = [False] * len(as_tuple(outputs))
         self._single = isinstance(outputs, Tensor)
         self._dim = channel_dim(as_tuple(outputs)[0].shape) or 1
         self._sizes = [t.shape[self._dim] for t in as_tuple(outputs)]
@@ -150,7 +155,8 @@ class Step(nn.Module):
 
     def forward(self, inputs: Tensors) -> Tensors:
         parts = self.body(_joined(inputs)).split(self._sizes, dim=self._dim)
-        cast = tuple(part.to(dtype).contiguous() for part, dtype in zip(parts, self._types))
+        ended = (torch.relu(part) if rectified else part for part, rectified in zip(parts, self.rectified))
+        cast = tuple(part.to(dtype).contiguous() for part, dtype in zip(ended, self._types))
         return cast[0] if self._single else cast
 
 
@@ -159,6 +165,13 @@ def _joined(tensors: Tensors) -> Tensor:
     if parts[0].is_floating_point():
         parts = tuple(part.float() for part in parts)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=channel_dim(parts[0].shape) or 1)
+
+
+def never_negative(layers: Callable[[Tensors], Tensors], inputs: Tensors) -> list[bool]:
+    """Which tensors of ``layers``, in evaluation, have no value below 0 on noise of ``inputs``' shapes; none on token ids."""
+    if not all(t.is_floating_point() for t in as_tuple(inputs)):
+        return [False] * len(as_tuple(layers(inputs)))
+    return [bool((t >= 0).all()) for t in as_tuple(layers(map_tensors(torch.randn_like, inputs)))]
 
 
 def multiply_adds(module: Callable[..., Any], *inputs: Any) -> int:
@@ -279,4 +292,5 @@ def check_step(step: nn.Module, name: str | None, inputs: Tensors, outputs: Tens
                           OWN if name is None else "Mend it.")
 
 
-__all__ = ["FeatureStep", "ImageStep", "Step", "TokenStep", "build_step", "check_step", "multiply_adds", "own_step"]
+__all__ = ["FeatureStep", "ImageStep", "Step", "TokenStep", "build_step", "check_step", "multiply_adds",
+           "never_negative", "own_step"]

@@ -10,6 +10,9 @@ Three sweeps (S = 3) of one micro-batch over J = 4 stages, all in one tick (lett
     sweep 3   B         <- B
     targets   T         <-                                       (stages 1 and 2 have heard all that there is to hear)
 
+The AuxNet learns as one network, from its last step to its first: a step's own gradient goes down with the last that its stage
+sends, so with ``T``, or with the ``B`` of a stage that has heard the loss.
+
 The first sweep waits for nobody. Each further one takes what the stage above made in the last, so that the loss is heard one
 stage further down; a stage that has heard it goes back for good (``B``). Where the loss is farther away than that, one
 gradient more is waited for (``T``), of which the small network alone learns. With one sweep: ``N``, ``P``, ``T``.
@@ -69,5 +72,7 @@ def compute(plan: Outline, rank: int, tick: int, micro_batches: int) -> Iterator
 
 
 def sends_gradient(plan: Outline, action: Action) -> bool:
-    """Whatever a stage's sweep finds at its input is what the stage below takes in its next."""
-    return True
+    """What a stage's sweep finds at its input is what the stage below takes in its next; what the last one finds goes down
+    together with what the AuxNet's step has to say there."""
+    ends = action.kind in (Kind.ALONE, Kind.BACKWARD)
+    return not (ends and waits_for_target(plan.placement.stages, action.stage, plan.sweeps))

@@ -189,7 +189,8 @@ Kind.PROBE = add_kind(Kind(
     "Q", "ForwardProbe", "the same, first of several sweeps", gives=(Slot.INPUT_GRADIENT,), begins=True, cost=2,
     colour="#7fb6c9"))
 Kind.TARGET = add_kind(Kind(
-    "T", "AuxNetTarget", "what the AuxNet is to reproduce", Slot.OUTPUT_GRADIENT, cost=0.2, colour="#c98f5a"))
+    "T", "AuxNetTarget", "what the AuxNet is to reproduce", Slot.OUTPUT_GRADIENT, (Slot.INPUT_GRADIENT,), cost=0.2,
+    colour="#c98f5a"))
 Kind.WEIGHTS = add_kind(Kind(
     "W", "WeightGradients", "weights' gradients, behind the send", Slot.PUT_OFF, cost=1, cost_like=Kind.FORWARD,
     colour="#c9c9c9"))

@@ -8,11 +8,14 @@ batch and the output z go nowhere, and no weight is in two places: any number of
     stage s       lambda_s --step--> lambda_{s+1} ==> stage s+1          N
                   lambda_s --layers--> z                                  P, or Q
                   gradient of z: from lambda_{s+1} - z and kappa
-                  p of lambda_s ----> stage s-1
                   p of lambda_{s+1} <---- stage s+1                       G, B, T
                   lambda^_{s+1}: what the step learns to give
+                  p of lambda_s ----> stage s-1
+                  q of lambda_s ----> stage s-1                           T, or the last B
 
-A step's input is detached: each step learns from its own pair alone. Evaluation is the serial network, and knows nothing of it.
+q is the gradient, at the step's input, of all that this step and those above are to learn, so that the steps are one network
+and learn together. Were each to learn from its own pair alone, layers and steps between the ends would agree on constants,
+which costs nothing: with four stages on CIFAR-10 they do (docs/auxnet.md). Evaluation is the serial network, without any of it.
 """
 
 from __future__ import annotations
@@ -24,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_decoupled.nn.auxiliary_terms import TINY, Coefficients, Terms, mean_square
+from ds_decoupled.nn.auxiliary_terms import Coefficients, Spread, Terms, mean_square
 from ds_decoupled.optim.teacher import Teacher
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.schedules.auxiliary import waits_for_target
 from ds_decoupled.stages.graph import GraphSegment
+from ds_decoupled.stages.layers import input_gradients
 from ds_decoupled.stages.means import Means
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.stage import Stage
-from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, map_tensors
+from ds_decoupled.tensors import Gradients, Tensors, as_tuple, detach, leaves, map_tensors
 
 _STEP_SEED = 1 << 21  # past every layer's index, and heads'
 
@@ -42,19 +46,23 @@ class _Pair:
     """A stage's output and the next one's generated input, in one micro-batch.
 
     Attributes:
-        inputs: of the stage.
+        inputs: of the stage; ``entered``, the same as the step took it.
         generated: by the step, with its graph; ``guesses`` likewise, what the multipliers were predicted from.
-        outputs: z; ``terms`` and ``kappas`` (None for none) go with it.
+        outputs: z; ``spreads`` (v), ``terms`` and ``kappas`` (None for none) go with it.
         to_be: what the generated input should have been, by the last gradient from above.
+        passed_on: p of the stage's own input, where it waits for q.
     """
 
     inputs: Tensors
+    entered: Tensors
     generated: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...] = ()
+    spreads: list[Tensor] = field(default_factory=list)
     terms: list[Terms] = field(default_factory=list)
     kappas: list[Tensor | None] = field(default_factory=list)
     guesses: tuple[Tensor, ...] = ()
     to_be: list[Tensor] = field(default_factory=list)
+    passed_on: Gradients | None = None
 
     @property
     def lambdas(self) -> list[Tensor]:
@@ -95,7 +103,7 @@ class AuxiliaryStage(Stage):
         self.counted = (0, 0, 0)
         self.updates = self.seen = 0
         self.recent: list[Tensors] = []
-        self._squares: list[Tensor] = []  # v of each tensor of z
+        self._spreads: list[Spread] = []  # of each tensor of z
         self._adjoint_scale: list[Tensor] = []  # root mean square of p, not scaled
         self._pairs: dict[int, _Pair] = {}
         self._means = Means()
@@ -126,15 +134,17 @@ class AuxiliaryStage(Stage):
 
     def on_generate(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         """The next stage's input; the stage's own is kept for its layers, which come after."""
-        generated = self._run_step(micro_batch, inputs)
-        self._pairs[micro_batch] = _Pair(inputs, as_tuple(generated))
+        # What is below the first stage learns nothing.
+        entered = leaves(inputs, self.index > 0)
+        generated = self._run_step(micro_batch, entered)
+        self._pairs[micro_batch] = _Pair(inputs, entered, as_tuple(generated))
         return Outcome({Slot.OUTPUT: (detach(generated), labels)}, inputs=inputs)
 
     def on_alone(self, micro_batch: int) -> Outcome:
         """Forward, and backward against what was generated."""
         pair = self._forward_pair(micro_batch)
-        inputs, passed_on = self.backward(micro_batch, None, self._gradients(pair, pair.lambdas))
-        return Outcome(self.down(passed_on, (), None), complete=True, inputs=inputs)
+        inputs, pair.passed_on = self.backward(micro_batch, None, self._gradients(pair, pair.lambdas))
+        return Outcome(complete=True, inputs=inputs)
 
     def on_probe(self, micro_batch: int) -> Outcome:
         """The same for the stage below alone: the weights wait for a later sweep."""
@@ -147,17 +157,18 @@ class AuxiliaryStage(Stage):
 
     def on_backward(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor | None) -> Outcome:
         """The last sweep."""
+        pair = self._pairs[micro_batch]
         inputs, passed_on = self.backward(micro_batch, None, self._corrected(micro_batch, grads))
-        if not self.waits:
-            self._teach(micro_batch, grads)
-        return Outcome(self.down(passed_on, (), loss), loss, complete=True, inputs=inputs)
+        if self.waits:
+            pair.passed_on = passed_on
+            return Outcome(loss=loss, complete=True, inputs=inputs)
+        return Outcome(self._taught(micro_batch, grads, outputs, passed_on, loss), loss, complete=True, inputs=inputs)
 
     def on_target(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor | None) -> Outcome:
         """The stage has learned; now its step of the AuxNet does."""
         pair = self._pairs[micro_batch]
         pair.to_be = self._to_be(pair, self._from_above(pair, grads))
-        self._teach(micro_batch, grads)
-        return Outcome(loss=loss)
+        return Outcome(self._taught(micro_batch, grads, outputs, pair.passed_on, loss), loss)
 
     def on_loss(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         self.seen += 1
@@ -165,6 +176,8 @@ class AuxiliaryStage(Stage):
 
     def on_update(self, update: int) -> Outcome:
         self.updates += 1
+        for spread in self._spreads:
+            spread.move(self.average)
         if self.teacher is not None:
             self.teacher.step()
         return super().on_update(update)
@@ -178,8 +191,8 @@ class AuxiliaryStage(Stage):
     def _run_step(self, micro_batch: int, inputs: Tensors) -> Tensors:
         assert self.step is not None
         # One of the user's own may begin in place, and the stage's layers come after it.
-        taken = map_tensors(torch.clone, inputs) if self.shared.auxnet.net is not None else detach(inputs)
         with self.seeds.scope(), torch.enable_grad(), self.autocast.forward():
+            taken = map_tensors(torch.clone, inputs) if self.shared.auxnet.net is not None else inputs
             self.seeds.set(_STEP_SEED + self.index, micro_batch)
             generated: Tensors = self.step(taken)
         return generated
@@ -190,10 +203,10 @@ class AuxiliaryStage(Stage):
         pair = self._pairs[micro_batch]
         outputs = self.forward(micro_batch, pair.inputs)
         pair.outputs = tuple(t.float() for t in as_tuple(outputs))
-        if not self._squares:
-            self._squares = [self._averaged(mean_square(z)) for z in pair.outputs]
+        self._spreads = self._spreads or [Spread() for _ in pair.outputs]
+        pair.spreads = [spread.see(z.detach(), self.average) for z, spread in zip(pair.outputs, self._spreads)]
         scale = self.scale * self.coefficients.grown(self.updates)
-        pair.terms = [Terms.of(self.coefficients, z, v, scale) for z, v in zip(pair.outputs, self._squares)]
+        pair.terms = [Terms.of(self.coefficients, z, v, scale) for z, v in zip(pair.outputs, pair.spreads)]
         pair.kappas = [torch.zeros_like(z) if self.kappa == "kept" else None for z in pair.outputs]
         if self.adjoint is not None:
             with self.seeds.scope(), torch.enable_grad(), self.autocast.forward():
@@ -202,8 +215,8 @@ class AuxiliaryStage(Stage):
             # Before the first gradient has come nobody knows how large they are.
             if self._adjoint_scale:
                 pair.kappas = [self.scale * s * guess.detach().float() for s, guess in zip(self._adjoint_scale, pair.guesses)]
-        for generated, z in zip(pair.lambdas, pair.outputs):
-            self._means.add("mismatch", (generated - z).norm() / (z - z.mean()).norm().clamp_min(TINY))
+        for generated, z, spread in zip(pair.lambdas, pair.outputs, self._spreads):
+            self._means.add("mismatch", ((generated - z).square().mean() / spread.now).sqrt())
         return pair
 
     def _averaged(self, value: Tensor) -> Tensor:
@@ -239,11 +252,23 @@ class AuxiliaryStage(Stage):
                        for terms, kappa, to_be, z in zip(pair.terms, pair.kappas, pair.to_be, pair.outputs)]
         return self._gradients(pair, pair.lambdas)
 
-    def _teach(self, micro_batch: int, grads: Gradients) -> None:
-        """Add the gradients of the step, and of what predicts multipliers."""
+    def _taught(self, micro_batch: int, grads: Gradients, q: Tensors | None, passed_on: Gradients | None,
+                loss: Tensor | None) -> dict[Slot, tuple[Any, ...]]:
+        """Teach, and tell the stage below ``passed_on`` of its output together with its own q."""
+        own = self._teach(micro_batch, grads, q)
+        return {} if self.index == 0 else {Slot.INPUT_GRADIENT: (passed_on, own, loss)}
+
+    def _teach(self, micro_batch: int, grads: Gradients, q: Tensors | None) -> Gradients:
+        """Add the gradients of the step, and of what predicts multipliers; return q of the step's input.
+
+        Args:
+            micro_batch: its number.
+            grads: p, of what the step generated.
+            q: of the same; None from the last stage.
+        """
         pair = self._pairs.pop(micro_batch)
         losses = [(generated - to_be).square().sum() * (self.scale * 0.5 / to_be.numel() / v)
-                  for generated, to_be, v in zip(pair.generated, pair.to_be, self._squares)]
+                  for generated, to_be, v in zip(pair.generated, pair.to_be, pair.spreads)]
         if self.adjoint is not None:
             slopes = self._from_above(pair, grads)
             if not self._adjoint_scale:
@@ -251,8 +276,11 @@ class AuxiliaryStage(Stage):
             losses += [(guess + p / (self.scale * s)).square().mean() * (self.scale * 0.5)
                        for guess, p, s in zip(pair.guesses, slopes, self._adjoint_scale)]
         total = sum(losses[1:], losses[0])
-        if total.requires_grad:
-            total.backward()
+        pairs = [(total, None), *((t, g) for t, g in zip(pair.generated, as_tuple(q or ())) if g is not None)]
+        pairs = [(root, grad) for root, grad in pairs if root.requires_grad]
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [grad for _, grad in pairs])
+        return input_gradients(pair.entered)
 
     # -- the parts of it --------------------------------------------------------------------------------------------------
 
@@ -266,7 +294,7 @@ class AuxiliaryStage(Stage):
         """What the step says that the stage gives, in evaluation."""
         assert self.step is not None
         self.step.eval()
-        generated = self._run_step(micro_batch, inputs)
+        generated = self._run_step(micro_batch, detach(inputs))
         self.step.train()
         return detach(generated)
 
@@ -280,8 +308,8 @@ class AuxiliaryStage(Stage):
     def state_dict(self) -> dict[str, Any]:
         own = {name: None if part is None else part.state_dict()
                for name, part in (("step", self.step), ("adjoint", self.adjoint), ("teacher", self.teacher))}
-        return {**super().state_dict(), "auxnet": own, "squares": self._squares, "adjoint_scale": self._adjoint_scale,
-                "updates": self.updates, "seen": self.seen, "recent": self.recent}
+        return {**super().state_dict(), "auxnet": own, "spreads": [spread.state_dict() for spread in self._spreads],
+                "adjoint_scale": self._adjoint_scale, "updates": self.updates, "seen": self.seen, "recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -290,7 +318,10 @@ class AuxiliaryStage(Stage):
             if part is not None:
                 part.load_state_dict(saved)
         device = self.seeds.device
-        self._squares, self._adjoint_scale = ([t.to(device) for t in state[name]] for name in ("squares", "adjoint_scale"))
+        self._spreads = [Spread() for _ in state["spreads"]]
+        for spread, saved in zip(self._spreads, state["spreads"]):
+            spread.load_state_dict(saved, device)
+        self._adjoint_scale = [t.to(device) for t in state["adjoint_scale"]]
         self.updates, self.seen = state["updates"], state["seen"]
         self.recent = [t.to(device) if isinstance(t, Tensor) else tuple(part.to(device) for part in t) for t in state["recent"]]
         self._means.take()

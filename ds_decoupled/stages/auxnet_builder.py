@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_decoupled.collectives import gather, together
 from ds_decoupled.config import DecoupledConfig
-from ds_decoupled.nn.auxnet import build_step, check_step, multiply_adds, own_step
+from ds_decoupled.nn.auxnet import build_step, check_step, multiply_adds, never_negative, own_step
 from ds_decoupled.passes import Passes, as_in_evaluation
 from ds_decoupled.stages.auxiliary import AuxiliaryStage
 from ds_decoupled.stages.randomness import LayerSeeds, mix, seeded
@@ -71,6 +71,8 @@ def _make_step(stage: AuxiliaryStage, inputs: Tensors, outputs: Tensors, config:
             step = own_step(settings.net, inputs, outputs)
         else:
             step = build_step(inputs, outputs, budget=budget, width=settings.width, blocks=settings.blocks, tokens=tokens)
+            # What a stage never gives need not be asked of it: on CIFAR-10 the mismatch halves (docs/auxnet.md).
+            step.rectified = never_negative(lambda x: stage.plain_forward(0, x), inputs)
         parts: list[tuple[nn.Module, Tensors]] = [(step, inputs)]
         if stage.kappa == "predicted":
             adjoint = build_step(outputs, outputs, budget=budget / 2, width=settings.width, blocks=settings.blocks, tokens=0,
