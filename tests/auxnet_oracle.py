@@ -13,9 +13,9 @@ Per micro-batch, K stages F_0..F_{K-1}, lambda_0 = x, and a chain of small steps
 c = beta / (N_k v_k), eta_k = eta / c_pull; N_k the elements of z_k, v_k its variance about each channel's mean: the first
 micro-batch's, and after every update a hundredth of the way to the mean of that update's. Where p_k
 came through a penalty it is multiplied by pull / fit. A stage sweeps until the loss has been heard there, so once for each
-stage above it. Predicted kappas: s_k * head_k(z_k), where the head learns -p/s_k, s_k the root mean square of the first p; they
-are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes through all
-steps at once, which is the same but for the order of sums.
+stage above it. Predicted kappas: s_k * head_k(z_k, y), where the head learns -p/s_k, s_k the root mean square of the first p;
+they are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes through
+all steps at once, which is the same but for the order of sums.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class AuxNetOracle:
         c_pull = [scale * grown * self.pull / outputs[s].numel() / self.v[s] for s in links]
         lam = [value.detach() for value in generated]
         kappa: list[Any] = [torch.zeros_like(t) if self.kappa == "kept" else None for t in lam]
-        guesses = [None if self.heads is None else self.heads[s](outputs[s]) for s in links]
+        guesses = [None if self.heads is None else self.heads[s](outputs[s], y) for s in links]
         if self.heads is not None:
             kappa = [scale * self.s[s] * guesses[s].detach() if s in self.s else None for s in links]
 

@@ -15,6 +15,7 @@ from nets import batches
 from torch import nn
 
 from ds_decoupled.analysis import simulate
+from ds_decoupled.nn.adjoint import Adjoint
 from ds_decoupled.schedules import Placement, Plan
 
 PLAIN: dict[str, Any] = {"net": "plain", "net_args": {"in_place": False}, "batches": 4}
@@ -301,3 +302,27 @@ def test_errors() -> None:
     for found in worlds.run(1, auxnet_cases.told, cases):
         for told, words in zip(found, wanted, strict=True):
             assert told.startswith("ConfigError") and all(word in told for word in words), (told, words)
+
+
+def test_labels_tell_multipliers() -> None:
+    """Of ids, one a sample or one a token, each within its own place; whatever else labels are is not looked at."""
+    sizes = {"images": ((3, 4, 5, 5), (3,)), "tokens": ((3, 6, 4), (3, 6)), "streams": ((3, 6, 4), (3,)),
+             "features": ((3, 4), (3,))}
+    for name, (shape, labelled) in sizes.items():
+        z = torch.randn(shape)
+        adjoint = Adjoint(nn.Identity(), z, classes=7)
+        labels = torch.randint(0, 7, labelled)
+        plain = adjoint(z, labels)
+        assert not torch.equal(plain, z) and plain.shape == z.shape, name
+        other = labels.clone()
+        other.view(-1)[0] = (other.view(-1)[0] + 1) % 7
+        changed = (adjoint(z, other) != plain).reshape(*labelled, -1).any(dim=-1).view(-1)
+        assert changed[0] and not changed[1:].any(), name
+        other.view(-1)[0] = -100
+        assert torch.equal(adjoint(z, other)[0, 0] if len(labelled) > 1 else adjoint(z, other)[0],
+                           z[0, 0] if len(labelled) > 1 else z[0]), name
+        for useless in (None, "words", torch.rand(labelled), torch.zeros(2, dtype=torch.long)):
+            assert torch.equal(adjoint(z, useless), z), name
+    two = (torch.randn(3, 2, 4, 4), torch.randn(3, 4, 4, 4))
+    made = Adjoint(nn.Identity(), two, classes=5)(two, torch.tensor([0, 1, 2]))
+    assert [t.shape for t in made] == [t.shape for t in two] and not torch.equal(made[1], two[1])

@@ -46,7 +46,7 @@ class _Pair:
     """A stage's output and the next one's generated input, in one micro-batch.
 
     Attributes:
-        inputs: of the stage; ``entered``, the same as the step took it.
+        inputs: of the stage, and the micro-batch's ``labels``; ``entered``, the same as the step took it.
         generated: by the step, with its graph; ``guesses`` likewise, what the multipliers were predicted from.
         outputs: z; ``spreads`` (v), ``terms`` and ``kappas`` (None for none) go with it.
         to_be: what the generated input should have been, by the last gradient from above.
@@ -54,6 +54,7 @@ class _Pair:
     """
 
     inputs: Tensors
+    labels: Any
     entered: Tensors
     generated: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...] = ()
@@ -76,7 +77,7 @@ class AuxiliaryStage(Stage):
     Attributes:
         step: of the AuxNet, from what the stage takes to what it gives; None on the last stage. It is given once shapes are
             known (:mod:`ds_decoupled.stages.auxnet_builder`).
-        adjoint: predicts the multipliers from the stage's output; None where they are not predicted.
+        adjoint: predicts the multipliers from the stage's output and the labels; None where they are not predicted.
         teacher: of both.
         average: over data-parallel replicas, in place; None for one replica.
         counted: multiply-adds of a sample in the stage's layers, in the step, and in the adjoint.
@@ -137,7 +138,7 @@ class AuxiliaryStage(Stage):
         # What is below the first stage learns nothing.
         entered = leaves(inputs, self.index > 0)
         generated = self._run_step(micro_batch, entered)
-        self._pairs[micro_batch] = _Pair(inputs, entered, as_tuple(generated))
+        self._pairs[micro_batch] = _Pair(inputs, labels, entered, as_tuple(generated))
         return Outcome({Slot.OUTPUT: (detach(generated), labels)}, inputs=inputs)
 
     def on_alone(self, micro_batch: int) -> Outcome:
@@ -211,7 +212,7 @@ class AuxiliaryStage(Stage):
         if self.adjoint is not None:
             with self.seeds.scope(), torch.enable_grad(), self.autocast.forward():
                 self.seeds.set(_STEP_SEED + self.shared.stages + self.index, micro_batch)
-                pair.guesses = as_tuple(self.adjoint(detach(outputs)))
+                pair.guesses = as_tuple(self.adjoint(detach(outputs), pair.labels))
             # Before the first gradient has come nobody knows how large they are.
             if self._adjoint_scale:
                 pair.kappas = [self.scale * s * guess.detach().float() for s, guess in zip(self._adjoint_scale, pair.guesses)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_decoupled.collectives import gather, together
 from ds_decoupled.config import DecoupledConfig
+from ds_decoupled.nn.adjoint import Adjoint
 from ds_decoupled.nn.auxnet import build_step, check_step, multiply_adds, never_negative, own_step
 from ds_decoupled.passes import Passes, as_in_evaluation
 from ds_decoupled.stages.auxiliary import AuxiliaryStage
@@ -55,14 +56,15 @@ def build_auxnet(stages: Mapping[int, Stage], passes: Passes, module: Any, confi
                 samples = as_tuple(shapes.taken[index])[0].shape[0]
                 stage.counted = layers[index] // samples, 0, 0
                 if not stage.is_last:
-                    _make_step(stage, shapes.taken[index], shapes.given[index], config, budget * layers[index], seeds)
+                    _make_step(stage, shapes.taken[index], shapes.given[index], config, budget * layers[index], seeds,
+                               shapes.outputs)
                     stage.learn_steps(average)
 
         together(make)
 
 
 def _make_step(stage: AuxiliaryStage, inputs: Tensors, outputs: Tensors, config: DecoupledConfig, budget: float,
-               seeds: LayerSeeds) -> None:
+               seeds: LayerSeeds, classes: int) -> None:
     settings, samples = config.auxnet, as_tuple(inputs)[0].shape[0]
     tokens = next((m.num_embeddings for layer in stage.layers if isinstance(layer, nn.Module) for m in layer.modules()
                    if isinstance(m, nn.Embedding)), 0)
@@ -75,9 +77,9 @@ def _make_step(stage: AuxiliaryStage, inputs: Tensors, outputs: Tensors, config:
             step.rectified = never_negative(lambda x: stage.plain_forward(0, x), inputs)
         parts: list[tuple[nn.Module, Tensors]] = [(step, inputs)]
         if stage.kappa == "predicted":
-            adjoint = build_step(outputs, outputs, budget=budget / 2, width=settings.width, blocks=settings.blocks, tokens=0,
-                                 shortcut=False)
-            parts.append((adjoint, outputs))
+            body = build_step(outputs, outputs, budget=budget / 2, width=settings.width, blocks=settings.blocks, tokens=0,
+                              shortcut=False)
+            parts.append((Adjoint(body, outputs, classes), outputs))
         for part, _ in parts:
             part.to(seeds.device).eval()
         check_step(step, settings.net, inputs, outputs)

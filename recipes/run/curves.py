@@ -11,13 +11,14 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, Curves],
-                by_stage: dict[str, Curves] | None = None, whole: bool = True) -> None:
+                by_stage: dict[str, Curves] | None = None, whole: bool = True, log: bool = False) -> None:
     """One picture.
 
     Args:
         axes: the left axis's name and its curves; if there is a second one, the right axis's.
         by_stage: panels below, with one curve a stage; those without curves are left out.
         whole: whether only whole numbers are marked on the x axis.
+        log: whether it is logarithmic.
     """
     import matplotlib
 
@@ -49,6 +50,8 @@ def plot_curves(path: Path, title: str, x_name: str, axes: dict[str, Curves],
         panel.set_ylabel(axis_name)
         panel.legend(fontsize="small", ncols=2)
     (panels or [first])[-1].set_xlabel(x_name)
+    if log:
+        first.set_xscale("log")
     if whole:
         first.xaxis.set_major_locator(MaxNLocator(integer=True))
     first.set_title(title)

@@ -1,4 +1,4 @@
-"""One run of the image study: a six-layer CNN trained by the engine on one rank, where the numbers are those of any number."""
+"""One run of a study on images: a model trained by the engine on one rank, where the numbers are those of any number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -21,7 +21,7 @@ from ds_decoupled.errors import ConfigError
 from ds_decoupled.models.registry import build_model
 from run.rates import lr_schedule, parameter_groups
 from run.worlds import Parent
-from studies.image_settings import ImageSetting, ImageStudy
+from studies.image_settings import ImageStudy
 
 
 def prepare(study: ImageStudy, path: Path) -> int:
@@ -38,7 +38,18 @@ def prepare(study: ImageStudy, path: Path) -> int:
     return study.epochs * len(MicroBatches(train, study.micro_batch, seed=0))
 
 
-def train(setting: ImageSetting, study: ImageStudy, images: ImageData, progress: Callable[[int], None]) -> dict[str, Any]:
+class ImageRun(Protocol):
+    """What tells one run from another."""
+
+    @property
+    def seed(self) -> int:
+        """Of weights, data, and whatever is drawn."""
+
+    def config(self, study: ImageStudy, updates: int) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+
+
+def train(setting: ImageRun, study: ImageStudy, images: ImageData, progress: Callable[[int], None]) -> dict[str, Any]:
     """Train until every stage has made its own updates, and test; in a world of one rank.
 
     Args:
@@ -48,11 +59,12 @@ def train(setting: ImageSetting, study: ImageStudy, images: ImageData, progress:
     updates = study.epochs * len(batches)
     config = setting.config(study, updates)
     sample = torch.zeros(study.micro_batch, 3, study.image_size, study.image_size)
-    layers = build_model("cnn6", data=images.form, num_classes=images.num_classes, width=study.width)
+    layers = build_model(study.model, data=images.form, num_classes=images.num_classes, width=study.width)
     model = ds_decoupled.DecoupledPipelineModule(layers, config=copy.deepcopy(config), num_stages=1, sample_input=sample,
                                                  loss_fn=nn.CrossEntropyLoss(), base_seed=setting.seed)
     engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model),
                                          lr_scheduler=lr_schedule("cosine", updates, round(0.05 * updates)))
+    generated, epochs = getattr(getattr(engine, "axes", None), "input", "") == "auxnet", []
     start = time.perf_counter()
     done = calls = 0
     while done < updates:
@@ -63,19 +75,30 @@ def train(setting: ImageSetting, study: ImageStudy, images: ImageData, progress:
         done = min((optimizer.updates for optimizer in optimizers.values()), default=calls)
         if calls % 10 == 0:
             progress(min(done, updates))
+        if generated and calls % len(batches) == 0:
+            epochs.append([row["mismatch"] for row in engine.stage_metrics() if "mismatch" in row])
     engine.drain()
     seconds = time.perf_counter() - start
+    found: dict[str, Any] = {"test_accuracy": _accuracy(engine, images, study.micro_batch), "seconds": seconds, "calls": calls}
+    summary = engine.decoupled_summary()
+    if generated:
+        stages = len(summary["stage_layers"])
+        found |= {"accuracy_from_stage": [_accuracy(engine, images, study.micro_batch, from_stage=s) for s in range(stages)],
+                  "mismatch": epochs, "share": summary["auxnet"]["share"],
+                  "cosines": summary.get("gradient_tracker", [])}
+    return {**found, "updates": summary["updates"], "replay": summary.get("replay", [])}
+
+
+def _accuracy(engine: Any, images: ImageData, micro_batch: int, **options: Any) -> float:
     count = len(images.test.labels)
-    logits = run.evaluation.evaluate(engine, in_order(images.test, study.micro_batch), -(-count // study.micro_batch),
-                                     compute_loss=False)
+    logits = run.evaluation.evaluate(engine, in_order(images.test, micro_batch), -(-count // micro_batch), compute_loss=False,
+                                     **options)
     assert logits is not None
     right = torch.cat(logits)[:count].argmax(dim=1).cpu() == images.test.labels
-    summary = engine.decoupled_summary()
-    return {"test_accuracy": right.float().mean().item(), "seconds": seconds, "calls": calls, "updates": summary["updates"],
-            "replay": summary.get("replay", [])}
+    return right.float().mean().item()
 
 
-def train_alone(parent: Parent, setting: ImageSetting, study: ImageStudy, *, images: str) -> dict[str, Any]:
+def train_alone(parent: Parent, setting: ImageRun, study: ImageStudy, *, images: str) -> dict[str, Any]:
     """A process's task: tells how many updates are made, and then what :func:`train` gives.
 
     Args:

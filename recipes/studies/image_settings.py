@@ -17,14 +17,16 @@ class ImageStudy:
 
     Attributes:
         data: as ``data.images.load_images`` takes it.
+        model: as ``ds_decoupled.models.build_model`` takes it.
         images: of these, the first so many are trained on; 0 for all.
-        width: of the six-layer CNN; the paper's is 128.
+        width: of the model; that of the paper's six-layer CNN is 128.
         image_size: pixels a side.
         epochs: that each stage trains for, by its own count.
         lr: peak; a cosine by each stage's own updates leads to 0.
     """
 
     data: str
+    model: str = "cnn6"
     images: int = 0
     width: int = 16
     image_size: int = 16
@@ -61,11 +63,14 @@ class ImageSetting:
             block = {"stages": "blocks", "head": "mlp", **block}
         if block["method"] == "dgl_async":
             block = {"pace": "clock", "stop_after": [updates] * J, "clock": {"seed": self.seed}, **block}
-        return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0, "steps_per_print": 10**9,
-                "optimizer": {"type": "SGD", "params": {"lr": study.lr, "momentum": 0.9, "nesterov": True,
-                                                        "weight_decay": 5e-4}},
-                "decoupled": block}
+        return {**sgd(study), "decoupled": block}
+
+
+def sgd(study: ImageStudy) -> dict[str, Any]:
+    """What every run's JSON says of batches and the optimizer."""
+    return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0, "steps_per_print": 10**9,
+            "optimizer": {"type": "SGD", "params": {"lr": study.lr, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}}
 
 
 def _text(**block: Any) -> str:
