@@ -14,8 +14,8 @@ c = beta / (N_k v_k), eta_k = eta / c_pull; N_k the elements of z_k, v_k its var
 micro-batch's, and after every update a hundredth of the way to the mean of that update's. Where p_k
 came through a penalty it is multiplied by pull / fit. A stage sweeps until the loss has been heard there, so once for each
 stage above it. Predicted kappas: s_k * head_k(z_k, y), where the head learns -p/s_k, s_k the root mean square of the first p;
-they are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes through
-all steps at once, which is the same but for the order of sums.
+they are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes
+through all steps at once, which is the same but for the order of sums.
 """
 
 from __future__ import annotations

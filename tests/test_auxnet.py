@@ -16,6 +16,7 @@ from torch import nn
 
 from ds_decoupled.analysis import simulate
 from ds_decoupled.nn.adjoint import Adjoint
+from ds_decoupled.nn.auxnet import build_step, never_negative, rectified
 from ds_decoupled.schedules import Placement, Plan
 
 PLAIN: dict[str, Any] = {"net": "plain", "net_args": {"in_place": False}, "batches": 4}
@@ -326,3 +327,21 @@ def test_labels_tell_multipliers() -> None:
     two = (torch.randn(3, 2, 4, 4), torch.randn(3, 4, 4, 4))
     made = Adjoint(nn.Identity(), two, classes=5)(two, torch.tensor([0, 1, 2]))
     assert [t.shape for t in made] == [t.shape for t in two] and not torch.equal(made[1], two[1])
+
+
+def test_rectifier_lets_zeros_rise() -> None:
+    """ReLU forward; where it is 0, only what asks for more comes back."""
+    x = torch.tensor([-1.0, -1.0, 2.0, 2.0], requires_grad=True)
+    y = rectified(x)
+    y.backward(torch.tensor([-3.0, 3.0, -3.0, 3.0]))
+    assert y.tolist() == [0, 0, 2, 2] and x.grad.tolist() == [-3, 0, -3, 3]
+
+
+def test_steps_end_as_their_stages_do() -> None:
+    inputs = torch.zeros(2, 3, 4, 4)
+    assert never_negative(lambda x: torch.relu(x), inputs) == [True]
+    assert never_negative(lambda x: (x, x.square()), inputs) == [False, True]
+    assert never_negative(lambda ids: ids.float(), torch.zeros(2, 5, dtype=torch.long)) == [False]
+    step = build_step(inputs, inputs, budget=1e9, width=None, blocks=1, tokens=0)
+    step.never_negative = [True]
+    assert (step(torch.randn(2, 3, 4, 4)) >= 0).all()

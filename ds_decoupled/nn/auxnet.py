@@ -7,7 +7,7 @@ from the shapes:
 ==============  =======================================================================================================
 images          ``pool(x) + expand(blocks(enter(x)))``: 3x3 convolutions to ``inner`` channels (one for each halving of the
                 picture), residual blocks of ``inner`` channels, 1x1 convolution to the stage's own; batch norm and ReLU;
-                a ReLU at the end where the stage ends with one
+                a rectifier at the end where the stage ends with one
 token streams   ``x + expand(gelu(attention(causal convolution(narrow(norm(x))))))``, so many times; token ids are embedded
                 first. Nothing of a later token reaches an earlier one
 feature vectors ``linear(x) + expand(relu(...))`` by layers of ``inner`` features
@@ -133,6 +133,29 @@ class FeatureStep(nn.Module):
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
+class _Rectified(torch.autograd.Function):
+    """ReLU, whose zeros may rise: a gradient that asks for more goes through them too.
+
+    What is drawn to a step's zeros becomes zero itself; were they as deaf as a ReLU's, both would stay there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return grad * ((x > 0) | (grad < 0))
+
+
+def rectified(x: Tensor) -> Tensor:
+    """``x`` where it is above 0, else 0; see :class:`_Rectified` for the gradient."""
+    y: Tensor = _Rectified.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
 class Step(nn.Module):
     """A step on whatever its stage takes, to whatever it gives.
 
@@ -141,13 +164,13 @@ class Step(nn.Module):
         outputs: what the stage gives: one tensor, or several of which the channels are joined.
 
     Attributes:
-        rectified: of each tensor, whether the stage's is never negative, so that a ReLU ends the step too.
+        never_negative: of each tensor, whether the stage's is not, so that a rectifier ends the step too.
     """
 
     def __init__(self, body: nn.Module, outputs: Tensors) -> None:
         super().__init__()
         self.body = body
-        self.rectified = [False] * len(as_tuple(outputs))
+        self.never_negative = [False] * len(as_tuple(outputs))
         self._single = isinstance(outputs, Tensor)
         self._dim = channel_dim(as_tuple(outputs)[0].shape) or 1
         self._sizes = [t.shape[self._dim] for t in as_tuple(outputs)]
@@ -155,7 +178,7 @@ class Step(nn.Module):
 
     def forward(self, inputs: Tensors) -> Tensors:
         parts = self.body(_joined(inputs)).split(self._sizes, dim=self._dim)
-        ended = (torch.relu(part) if rectified else part for part, rectified in zip(parts, self.rectified))
+        ended = (rectified(part) if never else part for part, never in zip(parts, self.never_negative))
         cast = tuple(part.to(dtype).contiguous() for part, dtype in zip(ended, self._types))
         return cast[0] if self._single else cast
 

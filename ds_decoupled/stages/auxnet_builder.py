@@ -74,7 +74,7 @@ def _make_step(stage: AuxiliaryStage, inputs: Tensors, outputs: Tensors, config:
         else:
             step = build_step(inputs, outputs, budget=budget, width=settings.width, blocks=settings.blocks, tokens=tokens)
             # What a stage never gives need not be asked of it: on CIFAR-10 the mismatch halves (docs/auxnet.md).
-            step.rectified = never_negative(lambda x: stage.plain_forward(0, x), inputs)
+            step.never_negative = never_negative(lambda x: stage.plain_forward(0, x), inputs)
         parts: list[tuple[nn.Module, Tensors]] = [(step, inputs)]
         if stage.kappa == "predicted":
             body = build_step(outputs, outputs, budget=budget / 2, width=settings.width, blocks=settings.blocks, tokens=0,
