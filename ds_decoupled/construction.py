@@ -93,6 +93,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
                               wants_output=frozenset(s for s, (wants, *_) in told.items() if wants),
                               farthest=block.losses == "farthest", family=axes.gradient,
                               sweeps=block.sweeps)
+        self._serial_plan = Plan.make(self.placement, hops=axes.hops, k=self.plan.k, recover=axes.recover, flush=True) \
+            if axes.input == "auxnet" and block.auxnet.serial_from is not None else None
         replay = block.own_pace().replay if axes.input == "replay" else None
         self.network = runner_of(axes).network_class(
             grid, self.placement, rank, self.device,
@@ -114,7 +116,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         # The plan keeps neighbours within the longest delay of one another, so no more than delay + 1 messages (of each loss
         # that comes down, and in each sweep) can be waited for, with an announcement each. Half as many again is never in the
         # way, and bounds what is held where the machine is so busy that the backend is slow to say that a message was taken.
-        delay = max(self.plan.ticks.delay(s) for s in range(self.placement.stages))
+        plans = [plan for plan in (self.plan, self._serial_plan) if plan is not None]
+        delay = max(plan.ticks.delay(s) for plan in plans for s in range(self.placement.stages))
         return 3 * (delay + 2) * max(1, self.axes.window - 1, self.plan.sweeps)
 
     def _make_workers(self) -> None:

@@ -82,6 +82,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         self._optimizers.before_batch()
         with self._training("train_batch"):
             if self.runner.end is None:
+                self._enter_phase()
                 for refresh in self._refreshes:
                     refresh.before_call(self.global_steps)
             end = self.runner.train()
@@ -93,6 +94,17 @@ class DecoupledPipelineEngine(ConstructedEngine):
                                              "in flight")
         self.step_log.after_batch(self.losses, loss)
         return loss
+
+    def _enter_phase(self) -> None:
+        """Where generated inputs end (``auxnet.serial_from``), the stages go on as one network, by a plan of their own."""
+        if self._serial_plan is None:
+            return
+        # The same on every rank: between two calls all stages have made as many updates.
+        serial = all(stage.serial for stage in self.stages.values())
+        plan = replace(self._serial_plan, k=self.plan.k) if serial else self.plan
+        if self.runner.plan != plan:
+            self.runner.drain()  # nothing is in flight, and ticks count anew
+            self.runner.plan, self.runner.flush = plan, serial
 
     def drain(self) -> Tensor:
         """Finish every micro-batch in flight, on all ranks; every stage then has made the same number of updates.

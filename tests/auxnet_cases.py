@@ -162,20 +162,3 @@ def times(case: dict[str, Any]) -> list[tuple[float, float]]:
         engine.train_batch(data)
     engine.drain()
     return seen.found
-
-
-def go_on(case: dict[str, Any], other: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Train and save; load the weights into the engine of ``other``, and train that."""
-    engine = engine_cases.build(case)
-    data = engine_cases.data_of(case, engine)
-    for _ in range(case["batches"]):
-        engine.train_batch(data)
-    engine.save_checkpoint(folder)
-    layers = copy.deepcopy([layer for stage in engine.stages.values() for layer in stage.layers])
-    engine = engine_cases.build(other)
-    engine.load_checkpoint(folder, load_module_only=True)
-    data = engine_cases.data_of(other, engine)
-    for _ in range(other["batches"]):
-        engine.train_batch(data)
-    engine.drain()
-    return {"layers": layers, "state": engine_cases.state_of(engine)}

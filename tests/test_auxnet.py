@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def merged(results: list[dict[str, Any]], key: str) -> dict[Any, Any]:
 def oracle_of(case: dict[str, Any], results: list[dict[str, Any]]) -> AuxNetOracle:
     given = dict(case["block"].get("auxnet", {}))
     growth = given.pop("growth", None)
-    given.pop("blocks", None)
+    for name in ("blocks", "serial_from"):
+        given.pop(name, None)
     steps = merged(results, "initial_steps")
     bounds = results[0]["summary"]["stage_layers"]
     predicted = case["method"] == "auxnet_lagrangian" and "kappa" not in given
@@ -237,19 +240,39 @@ def test_stages_work_at_the_same_time() -> None:
     assert len(shared) == 6 and sum(part > 0.05 for part in shared[1:]) >= 3, (lower, upper)
 
 
-def test_goes_on_by_backpropagation(tmp_path: Path) -> None:
-    """The weights alone, in an engine of another method: plain steps from where they are."""
-    case = {**case_of(2, "auxnet_penalty"), "batches": 3}
-    [result] = worlds.run(1, auxnet_cases.go_on, case, {**case, "method": "dsp", "block": {"update": "flush"}},
-                          str(tmp_path))
-    layers = nn.Sequential(*result["layers"]).train()
-    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1, momentum=0.9)
-    for x, y in batches(3):
-        nn.functional.cross_entropy(layers(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, value in layers.named_parameters():
-        torch.testing.assert_close(result["state"][name], value.detach())
+def test_serial_network_at_the_end() -> None:
+    """From an update on all is plain training, with the optimizers as they are; on 1, 2 and 4 ranks, k = 1 and 2."""
+    cases = [{**case_of(4, method, k, serial_from=2), "batches": 5 * k}
+             for method, k in (("auxnet_penalty", 1), ("auxnet_lagrangian", 2))]
+    for ranks in (1, 2, 4):
+        for case, results in zip(cases, map(list, zip(*worlds.run(ranks, auxnet_cases.train_all, cases)))):
+            k = case["k"]
+            oracle = oracle_of(case, results)
+            data = batches(case["batches"])
+            oracle.train(data[:2 * k])
+            steps = {s: copy.deepcopy(step.state_dict()) for s, step in enumerate(oracle.steps)}
+            for m, (x, y) in enumerate(data[2 * k:], 1):
+                (nn.functional.cross_entropy(nn.Sequential(*oracle.stages)(x), y) / k).backward()
+                if m % k == 0:
+                    for optimizer in oracle.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+            state = engine_cases.merged(results)
+            for s, part in enumerate(results[0]["summary"]["stage_layers"]):
+                for index, layer in zip(part, oracle.stages[s]):
+                    for name, value in layer.state_dict().items():
+                        torch.testing.assert_close(state[f"{index}.{name}"], value, msg=f"{ranks} {case} {index}.{name}")
+            for s, (step, _) in merged(results, "steps").items():
+                assert all(torch.equal(value, steps[s][name]) for name, value in step.state_dict().items())
+            assert not math.isnan(results[0]["losses"][-1]), "every rank has the loss then"
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resume_serial(stop: int, tmp_path: Path) -> None:
+    """Saved before the serial network's time, and in it."""
+    from test_checkpoint import check
+
+    check({**case_of(3, "auxnet_penalty", 2, serial_from=3), "batches": 12, "stop": stop}, tmp_path, 2, 1)
 
 
 def test_replicas() -> None:
@@ -286,6 +309,7 @@ REFUSED: list[tuple[int, dict[str, Any], list[str]]] = [
     (3, {"kappa": "predicted", "sweeps": 2}, ["decoupled.auxnet.sweeps", "kept"]),
     (3, {"kappa": "some"}, ["decoupled.auxnet.kappa", "'predicted'"]),
     (3, {"growth": {"factor": 2.0}}, ["decoupled.auxnet.growth.updates", "at least 1"]),
+    (3, {"serial_from": -1}, ["decoupled.auxnet.serial_from", "from 0"]),
     (3, {"trust": 0}, ["decoupled.auxnet.trust", "above 0"]),
     (3, {"net": "small"}, ["decoupled.auxnet.net", "module:callable"]),
     (3, {"net": "auxnet_cases:nothing"}, ["decoupled.auxnet.net", "cannot be imported"]),

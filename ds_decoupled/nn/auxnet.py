@@ -152,7 +152,7 @@ class _Rectified(torch.autograd.Function):
 
 def rectified(x: Tensor) -> Tensor:
     """``x`` where it is above 0, else 0; see :class:`_Rectified` for the gradient."""
-    y: Tensor = _Rectified.apply(x)  # type: ignore[no-untyped-call]
+    y: Tensor = _Rectified.apply(x)
     return y
 
 

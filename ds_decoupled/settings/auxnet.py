@@ -61,6 +61,8 @@ class AuxNetSettings(BaseModel):
         width: inner channels of a step, as a part of what it gives; null is as many as ``share`` allows.
         blocks: residual blocks of a step.
         lr: of the AuxNet's Adam; it follows the stage's own schedule.
+        serial_from: updates of a stage after which the serial network is trained by backpropagation (1F1B), without any of
+            this; null for never.
         norm_batches: micro-batches of training that batch norm's statistics are estimated from anew before an evaluation, on
             the serial network's own activations; 0 for never.
     """
@@ -89,6 +91,8 @@ class AuxNetSettings(BaseModel):
     blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS), Words(
         f"residual blocks of a step, from 1 to {MOST_BLOCKS}", "Leave it out for 1.")] = 1
     lr: Annotated[Positive, Words("a learning rate, above 0 and finite", "Leave it out for 0.003.")] = 3e-3
+    serial_from: Annotated[int | None, Field(ge=0), Words(
+        "a number of updates, from 0, or null for never", "Leave it out to generate inputs to the end.")] = None
     norm_batches: Annotated[int, Field(ge=0, le=MOST_BATCHES), Words(
         f"a number of micro-batches, from 0 to {MOST_BATCHES}", "Leave it out for 10.")] = 10
 

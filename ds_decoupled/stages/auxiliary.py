@@ -133,6 +133,11 @@ class AuxiliaryStage(Stage):
             self.recent = [*self.recent, detach(inputs)][-self.shared.auxnet.norm_batches:]
         return super().on_load(micro_batch, inputs, labels)
 
+    def on_forward(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """In the serial network."""
+        self.seen += 1
+        return super().on_forward(micro_batch, inputs, labels)
+
     def on_generate(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         """The next stage's input; the stage's own is kept for its layers, which come after."""
         # What is below the first stage learns nothing.
@@ -157,7 +162,10 @@ class AuxiliaryStage(Stage):
         return Outcome(self.down(self._relay(micro_batch, self._corrected(micro_batch, grads)), (), loss))
 
     def on_backward(self, micro_batch: int, grads: Gradients, outputs: Tensors | None, loss: Tensor | None) -> Outcome:
-        """The last sweep."""
+        """The last sweep; or, in the serial network, the pass back."""
+        if self.serial:
+            assert loss is not None
+            return super().on_backward(micro_batch, grads, None, loss)
         pair = self._pairs[micro_batch]
         inputs, passed_on = self.backward(micro_batch, None, self._corrected(micro_batch, grads))
         if self.waits:
@@ -174,6 +182,12 @@ class AuxiliaryStage(Stage):
     def on_loss(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         self.seen += 1
         return super().on_loss(micro_batch, inputs, labels)
+
+    @property
+    def serial(self) -> bool:
+        """Whether from its next micro-batch on it trains as a part of the serial network."""
+        last = self.shared.auxnet.serial_from
+        return last is not None and self.updates >= last
 
     def on_update(self, update: int) -> Outcome:
         self.updates += 1

@@ -284,6 +284,11 @@ class Stage:
         """The scalar loss."""
         return scalar_loss(self.loss_fn, outputs, labels)
 
+    @property
+    def serial(self) -> bool:
+        """Whether generated inputs have come to their end, where stages had them."""
+        return False
+
     # -- without records ------------------------------------------------------------------------------------------------
 
     def plain_forward(self, micro_batch: int, inputs: Tensors) -> Tensors:
