@@ -48,6 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=number(0, above=True), help=f"auxnet.{name} of every run (default: the method's)")
         parser.add_argument(f"--sweep_{name}", type=number(0, above=True), nargs="+", metavar="VALUE", default=[],
                             help=f"further runs with these values of auxnet.{name}")
+    parser.add_argument("--serial_epochs", type=whole(0), nargs="+", default=[0],
+                        help="epochs of backpropagation at the end, one run for each number (default: 0)")
     parser.add_argument("--seeds", type=whole(0, SEEDS), nargs="+", default=[0])
     parser.add_argument("--data", default="digits", help="digits, cifar10, or a folder of images or parquet")
     parser.add_argument("--model", default=OWN["model"], choices=MODELS)
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = {name: getattr(args, name) for name in SWEPT if getattr(args, name) is not None}
     swept = {name: getattr(args, f"sweep_{name}") for name in SWEPT}
     try:
-        wanted = settings(args.methods, args.stages, given, swept, args.seeds)
+        wanted = settings(args.methods, args.stages, given, swept, args.serial_epochs, args.seeds)
         check_file("--output", args.output)
         for setting in wanted:
             parse_block(setting.config(study, 1))

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     output = args.output or Path("runs") / f"{args.figure}.json"
     plot = args.plot or output.with_suffix(".png")
-    study = ImageStudy(**{f.name: getattr(args, f.name) for f in fields(ImageStudy)})
+    study = ImageStudy(**{f.name: getattr(args, f.name) for f in fields(ImageStudy) if f.name != "model"})
     try:
         wanted = settings_of(args)
         check_file("--output", output)

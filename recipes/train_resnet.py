@@ -30,6 +30,7 @@ from data.images import NAMED, load_images
 from data.micro_batches import MicroBatches, Samples, in_order
 from data.samples import SMALLEST, ImageData
 from ds_decoupled.collectives import from_rank, together
+from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
 from run.arguments import add_run_arguments
@@ -56,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=number(0), help="peak (default: the JSON's, else 0.1 * batch / 256)")
     parser.add_argument("--schedule", choices=("cosine", "steps"), help="(default: cosine)")
     parser.add_argument("--warmup_epochs", type=number(0), help="default: 5, at most a fifth of all epochs")
+    parser.add_argument("--serial_epochs", type=whole(0), help="with an AuxNet: the last so many epochs are backpropagation "
+                        "through the serial network (default: the JSON's)")
     parser.add_argument("--eval_every", type=whole(1), default=1, help="epochs from test to test (default: 1)")
     add_run_arguments(parser, stretch="epochs", summary="runs/METHOD.json")
     return parser.parse_args()
@@ -113,6 +116,18 @@ def check_memory(args: argparse.Namespace, layers: list[LayerSpec], micro_batch:
                          args.image_size or micro_batch, 12.0 * micro_batch * facts.image_size**2, "one micro-batch of images")
 
 
+def end_serially(config: dict[str, Any], serial: int, ends: list[int]) -> None:
+    """Write ``auxnet.serial_from`` for the last ``serial`` epochs; ``ends`` are the updates at the end of each."""
+    block = parse_block(config)
+    if block is None or block.axes().input != "auxnet":
+        raise ConfigError("--serial_epochs", serial, "no inputs are generated, which could come to an end",
+                          'Leave it out, or take "method": "auxnet_penalty".')
+    if serial > len(ends):
+        raise ConfigError("--serial_epochs", serial, f"there are {len(ends)} epochs", "Take fewer.")
+    if serial:
+        config["decoupled"].setdefault("auxnet", {})["serial_from"] = [0, *ends][len(ends) - serial]
+
+
 def train(args: argparse.Namespace) -> None:
     setup = Setup.of(args)
     if args.data not in NAMED or args.data == "digits":
@@ -137,6 +152,8 @@ def train(args: argparse.Namespace) -> None:
     set_peak_lr(setup.config, args.lr, rule=0.1 * setup.update_samples / 256)
     warmup_epochs = min(5.0, epochs / 5) if args.warmup_epochs is None else args.warmup_epochs
     steps = STEPS_IMAGENET if facts.form == "imagenet" or args.data == "imagenet32" else STEPS_SMALL
+    if args.serial_epochs is not None:
+        end_serially(setup.config, args.serial_epochs, ends)
     layers = build_model(args.model, data=facts.form, num_classes=facts.num_classes, width=width)
     check_memory(args, layers, micro_batch, facts)
     sample = torch.randn(micro_batch, 3, facts.image_size, facts.image_size, generator=torch.Generator().manual_seed(0))

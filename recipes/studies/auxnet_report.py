@@ -16,12 +16,12 @@ from studies.auxnet_settings import AuxNetSetting
 Runs = Mapping[AuxNetSetting, Mapping[str, Any]]
 
 
-def _alike(runs: Runs) -> dict[tuple[str, int, str], list[Mapping[str, Any]]]:
+def _alike(runs: Runs) -> dict[tuple[str, int, str, int], list[Mapping[str, Any]]]:
     """Done runs that differ in their seeds alone."""
-    found: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
+    found: dict[tuple[str, int, str, int], list[Mapping[str, Any]]] = defaultdict(list)
     for setting, run in runs.items():
         if "test_accuracy" in run:
-            found[setting.method, setting.stages, setting.auxnet].append(run)
+            found[setting.method, setting.stages, setting.auxnet, setting.serial_epochs].append(run)
     return found
 
 
@@ -35,12 +35,12 @@ def _means(rows: Iterable[Sequence[float]]) -> list[float]:
 
 
 def mismatches(runs: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Of the last epoch, by stage."""
-    return _means(run["mismatch"][-1] for run in runs if run.get("mismatch"))
+    """Of the last epoch with generated inputs, by stage."""
+    return _means([epoch for epoch in run["mismatch"] if epoch][-1] for run in runs if any(run.get("mismatch", [])))
 
 
 def cosines(run: Mapping[str, Any]) -> list[float]:
-    """By stage, over the second half of the run."""
+    """By stage, over the second half of the run (where that is serial training, 1)."""
     rows = run.get("cosines", [])
     late = [row for row in rows if row["micro_batch"] * 2 >= max(row["micro_batch"] for row in rows)]
     return [fmean(row["cosine"] for row in late if row["stage"] == s) for s in sorted({row["stage"] for row in late})]
@@ -49,8 +49,9 @@ def cosines(run: Mapping[str, Any]) -> list[float]:
 def accuracy_table(runs: Runs) -> str:
     """A row a setting: the serial network, the same from each stage on, mismatch and cosine by stage."""
     rows = []
-    for (method, stages, auxnet), alike in _alike(runs).items():
-        words = ", ".join(f"{name} {value:g}" for name, value in json.loads(auxnet).items())
+    for (method, stages, auxnet, serial), alike in _alike(runs).items():
+        words = ", ".join([*(f"{name} {value:g}" for name, value in json.loads(auxnet).items()),
+                           *([f"{serial} epochs serial"] if serial else [])])
         row = [f"`{method}`", str(stages) if stages > 1 else "–", words or "–", _percent([r["test_accuracy"] for r in alike])]
         if method == "backprop":
             rows.append([*row, "–", "–", "–", "–"])
@@ -67,10 +68,11 @@ def draw(runs: Runs, name: str, path: Path) -> bool:
     found = _alike(runs)
     axes: dict[str, dict[str, list[tuple[float, float]]]] = {"test accuracy, %": {}, "mismatch of the last pair": {}}
     lines: dict[str, list[tuple[float, Mapping[str, Any], list[Mapping[str, Any]]]]] = defaultdict(list)
-    for (method, stages, auxnet), alike in found.items():
+    for (method, stages, auxnet, serial), alike in found.items():
         settings = json.loads(auxnet)
         if name in settings:
-            others = ", ".join(f"{key} {value:g}" for key, value in settings.items() if key != name)
+            others = ", ".join([*(f"{key} {value:g}" for key, value in settings.items() if key != name),
+                                *([f"{serial} epochs serial"] if serial else [])])
             lines[f"{method.removeprefix('auxnet_')}, K = {stages}" + (f" ({others})" if others else "")].append(
                 (settings[name], settings, alike))
     lines = {line: points for line, points in lines.items() if len(points) > 1}
