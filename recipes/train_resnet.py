@@ -34,6 +34,7 @@ from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
 from run.arguments import add_run_arguments
+from run.generated import Generated, panels
 from run.options import number, refuse_beyond_memory, refuse_unused, whole
 from run.processes import distributed
 from run.rates import lr_schedule, set_peak_lr
@@ -165,19 +166,20 @@ def train(args: argparse.Namespace) -> None:
         sample_input=sample,
     )
 
-    def test() -> float:
-        return evaluate(engine, None if images is None else images.test, facts.test_count, micro_batch)
+    def accuracy(**options: Any) -> float:
+        return evaluate(engine, None if images is None else images.test, facts.test_count, micro_batch, **options)
+
+    generated = Generated(engine.placement.stages, lambda stage: accuracy(from_stage=stage)) \
+        if "auxnet" in engine.decoupled_summary() else None
+    test = accuracy if generated is None else generated.test
 
     def show(progress: run.training.Progress) -> str:
         return f"loss {progress.train_loss[-1]:.4f}, test accuracy {progress.last_score:.2%}"
 
     trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every)
     losses, accuracies = trained.progress.train_loss, trained.progress.score
-    generated: dict[str, Any] = {}
-    if "auxnet" in engine.decoupled_summary():
-        own = (None if images is None else images.test, facts.test_count, micro_batch)
-        generated = {"accuracy_from_stage": [evaluate(engine, *own, from_stage=s) for s in range(engine.placement.stages)],
-                     "mismatch": trained.progress.stage_curves("mismatch")}
+    beside = {} if generated is None else generated.summary(
+        trained.progress, engine.decoupled_summary()["gradient_tracker"], per_epoch)
     summary = summarize(
         args, setup, engine, trained,
         model=args.model,
@@ -187,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
         epochs=epochs,
         test_accuracy=accuracies[-1],
         curves={"train_loss": losses, "test_accuracy": accuracies},
-        **generated,
+        **beside,
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
     )
     report(
@@ -197,7 +199,7 @@ def train(args: argparse.Namespace) -> None:
         f"test accuracy {summary['test_accuracy']:.2%}, training loss {summary['train_loss']:.4f}, "
         f"{summary['samples_per_second']:.0f} samples/s, peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
         by_stage={"training accuracy by the stage's head": trained.progress.stage_curves("accuracy"),
-                  **({"mismatch of generated inputs": generated["mismatch"]} if generated else {})},
+                  **(panels(beside) if beside else {})},
     )
 
 

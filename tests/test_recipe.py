@@ -39,6 +39,22 @@ def test_local_losses(tmp_path: Path) -> None:
     assert (tmp_path / "summary.png").stat().st_size > 5000
 
 
+def test_generated_inputs(tmp_path: Path) -> None:
+    """Accuracy from each stage on, mismatches and cosines by epoch, until the serial network takes over."""
+    config = json.loads((ROOT / "ds_configs" / "auxnet_penalty.json").read_text())
+    config["decoupled"]["track_gradients"] = 10
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    results = run("train_resnet", tmp_path, "--deepspeed_config", tmp_path / "config.json", "--model", "resnet20",
+                  "--epochs", "3", "--width", "4", "--image_size", "8", "--serial_epochs", "1", ranks=2)
+    assert results["stages"] == 2 and len(results["accuracy_from_stage"]) == 2
+    assert results["accuracy_from_stage"][0] == results["test_accuracy"]
+    assert [len(curve) for curve in results["accuracy_from_stage_curves"].values()] == [3]
+    assert [value is None for value in results["mismatch"]["stage 0"]] == [False, False, True]
+    # Of the weights behind the update, so not quite 1.
+    assert results["cosine"]["stage 0"][2] > 0.8 > results["cosine"]["stage 0"][1]
+    assert (tmp_path / "summary.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("method", ["petra", "backprop"])
 def test_resumes(method: str, tmp_path: Path) -> None:
     arguments = ("--deepspeed_config", f"ds_configs/{method}.json", "--epochs", "2", "--width", "4", "--image_size", "8")
