@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,17 @@ def test_losses_and_metrics(trained: dict[int, list[list[dict[str, Any]]]]) -> N
 
 
 def test_traffic(trained: dict[int, list[list[dict[str, Any]]]]) -> None:
-    """Over a link go one input up and, of every sweep that is of use, one gradient down; the plan says which."""
+    """Over a link go one input up and, of every sweep that is of use, one gradient down, the last together with the AuxNet's
+    where there is a step above; the plan says which."""
     for case, results in zip([case for case in CASES if case["stages"] == 4], trained[4][-len(SETTINGS):], strict=True):
         sweeps = case["block"].get("auxnet", {}).get("sweeps", 1)
         down = {1: 3, 2: 5}[sweeps]  # of links 0, 1, 2: 1 + 1 + 1, or 2 + 2 + 1
         assert results[0]["summary"]["messages_sent"] == case["batches"] * (3 + down)
         assert results[0]["summary"]["delays"] == [0] * 4
+        plan = Plan.make(Placement.of(4, 4), hops=(0, 1), k=1, recover="graph", flush=False, sweeps=sweeps)
+        sends = [Counter(a.kind.letter for a in plan.tick(rank, 0, 1) if a.kind.is_send) for rank in range(4)]
+        lessons = [sent["SL"] for sent in sends]
+        assert lessons == [0, 1, 1, 0] and sum(sent["SG"] for sent in sends) == down - 2
 
 
 def test_exact_inputs_and_enough_sweeps_are_backpropagation() -> None:

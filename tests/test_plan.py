@@ -90,8 +90,9 @@ def test_split_backward_puts_the_weights_behind_the_send() -> None:
 def test_communication_is_only_between_ranks() -> None:
     actions = parse_actions("0F0 1F0 2X0 1B0 0B0")
     assert list(add_communication(actions, (0, 0, 0))) == actions
-    assert format_actions(add_communication(parse_actions("1F0 1C0 1U0"), (0, 1, 2), {0})) == \
-        "1RA0 1F0 1SA0 1RG0 1C0 1SR0 1U0"
+    assert format_actions(add_communication(
+        parse_actions("1F0 1C0 1U0"), (0, 1, 2), gradient_kind=lambda below, _: Kind.SEND_RECONSTRUCTION if below == 0
+        else Kind.SEND_GRADIENT)) == "1RA0 1F0 1SA0 1RG0 1C0 1SR0 1U0"
 
 
 def test_who_wants_its_output_back() -> None:

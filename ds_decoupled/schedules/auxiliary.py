@@ -76,3 +76,11 @@ def sends_gradient(plan: Outline, action: Action) -> bool:
     together with what the AuxNet's step has to say there."""
     ends = action.kind in (Kind.ALONE, Kind.BACKWARD)
     return not (ends and waits_for_target(plan.placement.stages, action.stage, plan.sweeps))
+
+
+def gradient_kind(plan: Outline, below: int, action: Action) -> Kind:
+    """The last that a stage with a step of its own sends has the step's gradient beside its own."""
+    top = plan.placement.stages - 1
+    last = action.kind is Kind.TARGET or (
+        action.kind is Kind.BACKWARD and not waits_for_target(top + 1, action.stage, plan.sweeps))
+    return Kind.SEND_LESSON if last and below + 1 < top else Kind.SEND_GRADIENT

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ds_decoupled.schedules import auxiliary, global_gradient, local_losses
 from ds_decoupled.schedules.actions import Action
+from ds_decoupled.schedules.kinds import Kind
 from ds_decoupled.schedules.outline import Outline
 
 
@@ -21,6 +22,9 @@ class Family(Protocol):
 
     def sends_gradient(self, plan: Outline, action: Action) -> bool:
         """Whether an action that can give the stage below a gradient does."""
+
+    def gradient_kind(self, plan: Outline, below: int, action: Action) -> Kind:
+        """How a gradient is sent to stage ``below``: the one that ``action`` there takes, or that ``action`` above it gives."""
 
 
 #: By the value of the ``gradient`` axis.

@@ -35,3 +35,8 @@ def compute(plan: Outline, rank: int, tick: int, micro_batches: int) -> Iterator
 def sends_gradient(plan: Outline, action: Action) -> bool:
     """Whatever goes back through a stage goes on to the stage below."""
     return True
+
+
+def gradient_kind(plan: Outline, below: int, action: Action) -> Kind:
+    """A stage that reconstructs needs its output back."""
+    return Kind.SEND_RECONSTRUCTION if below in plan.wants_output else Kind.SEND_GRADIENT

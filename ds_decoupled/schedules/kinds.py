@@ -61,7 +61,8 @@ class Kind:
         in_cells: whether the staircase writes it; loads are not drawn there, and updates are a mark.
         per_update: whether its number is an update's, not a micro-batch's.
         moves: ``"send"`` or ``"receive"``, where it moves a message between ranks.
-        payload: messages of one unit that such a message carries: a reconstruction travels together with its gradient.
+        payload: messages of one unit that such a message carries: a reconstruction, or the AuxNet's gradient, travels together
+            with the stage's.
         carries: what such a message is, in words.
     """
 
@@ -101,6 +102,8 @@ class Kind:
     RECV_GRADIENT: ClassVar[Kind]
     SEND_RECONSTRUCTION: ClassVar[Kind]
     RECV_RECONSTRUCTION: ClassVar[Kind]
+    SEND_LESSON: ClassVar[Kind]
+    RECV_LESSON: ClassVar[Kind]
 
     @property
     def computes(self) -> bool:
@@ -210,6 +213,12 @@ Kind.SEND_RECONSTRUCTION = add_kind(Kind(
 Kind.RECV_RECONSTRUCTION = add_kind(Kind(
     "RR", "RecvReconstruction", "receive both", gives=(Slot.OUTPUT_GRADIENT,), moves="receive", payload=2,
     carries="gradient and reconstruction"))
+Kind.SEND_LESSON = add_kind(Kind(
+    "SL", "SendLesson", "send a gradient together with that of the AuxNet", takes=Slot.INPUT_GRADIENT, moves="send", payload=2,
+    carries="gradient and the AuxNet's"))
+Kind.RECV_LESSON = add_kind(Kind(
+    "RL", "RecvLesson", "receive both gradients", gives=(Slot.OUTPUT_GRADIENT,), moves="receive", payload=2,
+    carries="gradient and the AuxNet's"))
 
 #: The backward action of each value of the ``recover`` axis.
 BACKWARD_OF_RECOVER = {"graph": Kind.BACKWARD, "input": Kind.RECOMPUTE, "reconstruct": Kind.RECONSTRUCT}

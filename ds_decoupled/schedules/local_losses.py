@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ds_decoupled.schedules import global_gradient
 from ds_decoupled.schedules.actions import Action
 from ds_decoupled.schedules.kinds import Kind
 from ds_decoupled.schedules.outline import Outline
@@ -37,3 +38,8 @@ def sends_gradient(plan: Outline, action: Action) -> bool:
         return False
     # A backward pass is of the farthest loss of this stage: within the window of the one below at the top alone.
     return not action.kind.is_backward or plan.ticks.reach(action.stage) <= plan.ticks.window - 2
+
+
+def gradient_kind(plan: Outline, below: int, action: Action) -> Kind:
+    """As where there is one loss."""
+    return global_gradient.gradient_kind(plan, below, action)

@@ -48,7 +48,8 @@ class Plan(Outline):
         """
         family = FAMILIES[self.family]
         return list(add_communication(family.compute(self, rank, tick, micro_batches), self.placement.rank_of_stage,
-                                      self.wants_output, self.split_backward, partial(family.sends_gradient, self)))
+                                      self.split_backward, partial(family.sends_gradient, self),
+                                      partial(family.gradient_kind, self)))
 
     def run(self, rank: int, micro_batches: int) -> Iterator[list[Action]]:
         """A whole run: fill, steady state and drain, one list a tick."""
