@@ -159,7 +159,7 @@ def laws(ranks: int, k: int) -> list[Law]:
                 delayed / 1F1B                 1+(P-1)/k
                 petra / checkpointed 1F1B      1+(P-1)/k
                 dgl / 1F1B                     1+(P-1)/k       less what its heads cost
-                auxnet / backpropagation       3P/3.3, 3P/3.4  by the simulator: N 0.1, T 0.2; P = 2, and more
+                auxnet / backpropagation       P/(1+(P-1)/10)  the AuxNet, a tenth of the model, up and down
     """
     def at(method: str, p: int = ranks) -> Configuration:
         return Configuration(method, p, k)
@@ -175,6 +175,7 @@ def laws(ranks: int, k: int) -> list[Law]:
             Law("DeepSpeed / bare backpropagation", at("1f1b"), at("bare-backprop"), 1.0, 0.0),
         ]
     bubble = 1 + (ranks - 1) / k
+    generating = 1 + (ranks - 1) / 10
     return [
         *(Law(f"{METHODS[m].label}, {ranks} at once / one alone", at(f"{m}-copies"), at(m, 1), ranks, 0.0)
           for m in ("bare-backprop", "bare-petra")),
@@ -187,8 +188,8 @@ def laws(ranks: int, k: int) -> list[Law]:
         *(Law(f"{METHODS[m].label} / 1F1B (law without heads)", at(m), at("1f1b"), bubble, 0.0)
           for m in ("dgl", "dgl-chunked", "overlapping")),
         *(Law(f"{METHODS[m].label} / bare backpropagation", at(m), at("bare-backprop", 1),
-              3 * ranks / (3.3 if ranks == 2 else 3.4), 0.0) for m in ("auxnet_penalty", "auxnet_lagrangian")),
-        *(Law(f"{METHODS[m].label} / 1F1B", at(m), at("1f1b"), 3 * bubble / (3.3 if ranks == 2 else 3.4), 0.0)
+              ranks / generating, 0.0) for m in ("auxnet_penalty", "auxnet_lagrangian")),
+        *(Law(f"{METHODS[m].label} / 1F1B", at(m), at("1f1b"), bubble / generating, 0.0)
           for m in ("auxnet_penalty", "auxnet_lagrangian")),
         Law("1F1B, P / P=1 (its own law)", at("1f1b"), at("1f1b", 1), ranks / bubble, 0.0),
         Law("split backward / petra", at("petra-split"), at("petra"), 1.0, 0.0),
