@@ -16,23 +16,19 @@ if __name__ == "__main__":  # before torch loads OpenMP
 
 import argparse
 import sys
-import tempfile
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS
-from ds_decoupled.threads import usable_cores
 from run.options import COUNT, SEEDS, number, whole
 from run.places import check_file
 from run.tables import environment, headline
 from studies.auxnet_report import accuracy_table, draw
 from studies.auxnet_settings import METHODS, SWEPT, AuxNetSetting, settings
-from studies.image_run import prepare, train_alone
+from studies.image_run import fill
 from studies.image_settings import ImageStudy
-from studies.results import Kind, Results
 
 SIZES = {"images": (0, COUNT, "trained on, of those there are; 0 for all"), "width": (1, 4096, "of the first layer"),
          "image_size": (8, 256, "pixels a side"), "epochs": (1, COUNT, "of training"), "micro_batch": (1, COUNT, "images")}
@@ -73,15 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_file("--output", args.output)
         for setting in wanted:
             parse_block(setting.config(study, 1))
-        with tempfile.TemporaryDirectory() as folder:
-            images = Path(folder, "images.pt")
-            kind = Kind("AuxNet study", ImageStudy, lambda held: AuxNetSetting(**held),
-                        partial(train_alone, images=str(images)), "test_accuracy", lambda run: f"{run['test_accuracy']:.2%}",
-                        unit="update")
-            results = Results(args.output, study, kind)
-            if missing := results.missing(wanted):
-                steps = prepare(study, images)
-                results.execute(missing, steps, args.jobs, max(1, usable_cores() // args.jobs))
+        results = fill("AuxNet study", args.output, study, wanted, AuxNetSetting, args.jobs)
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:

@@ -18,21 +18,17 @@ if __name__ == "__main__":  # before torch loads OpenMP
 
 import argparse
 import sys
-import tempfile
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.threads import usable_cores
 from run.options import COUNT, SEEDS, number, refuse_unused, whole
 from run.places import check_file, check_picture
 from run.tables import environment, headline
 from studies.image_report import codec_table, delay_table, draw
-from studies.image_run import prepare, train_alone
+from studies.image_run import fill
 from studies.image_settings import CODECS, ImageSetting, ImageStudy, J, compression, delays
-from studies.results import Kind, Results
 
 SIZES = {"images": (0, COUNT, "trained on, of those there are; 0 for all"), "width": (1, 4096, "of the first layer"),
          "image_size": (8, 256, "pixels a side"), "epochs": (1, COUNT, "of every stage"), "micro_batch": (1, COUNT, "images")}
@@ -86,14 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_picture("--plot", plot)
         for setting in wanted:
             parse_block(setting.config(study, 1))
-        with tempfile.TemporaryDirectory() as folder:
-            images = Path(folder, "images.pt")
-            kind = Kind("image study", ImageStudy, lambda held: ImageSetting(**held), partial(train_alone, images=str(images)),
-                        "test_accuracy", lambda run: f"{run['test_accuracy']:.2%}", unit="update")
-            results = Results(output, study, kind)
-            if missing := results.missing(wanted):
-                steps = prepare(study, images)
-                results.execute(missing, steps, args.jobs, max(1, usable_cores() // args.jobs))
+        results = fill("image study", output, study, wanted, ImageSetting, args.jobs)
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch
@@ -19,9 +21,11 @@ from data.micro_batches import MicroBatches, in_order
 from data.samples import ImageData, TensorImages
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models.registry import build_model
+from ds_decoupled.threads import usable_cores
 from run.rates import lr_schedule, parameter_groups
 from run.worlds import Parent
 from studies.image_settings import ImageStudy
+from studies.results import Kind, Results
 
 
 def prepare(study: ImageStudy, path: Path) -> int:
@@ -39,7 +43,11 @@ def prepare(study: ImageStudy, path: Path) -> int:
 
 
 class ImageRun(Protocol):
-    """What tells one run from another."""
+    """What tells one run from another: a frozen dataclass."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
 
     @property
     def seed(self) -> int:
@@ -47,6 +55,9 @@ class ImageRun(Protocol):
 
     def config(self, study: ImageStudy, updates: int) -> dict[str, Any]:
         """The DeepSpeed JSON."""
+
+
+S = TypeVar("S", bound=ImageRun)
 
 
 def train(setting: ImageRun, study: ImageStudy, images: ImageData, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -106,3 +117,27 @@ def train_alone(parent: Parent, setting: ImageRun, study: ImageStudy, *, images:
     """
     deepspeed.init_distributed(dist_backend="gloo")
     return train(setting, study, torch.load(images, weights_only=False), parent.tell)
+
+
+def fill(name: str, output: Path, study: ImageStudy, wanted: list[S], make: Callable[..., S], jobs: int) -> Results[S]:
+    """Run what ``output`` does not hold yet of the ``wanted`` runs, ``jobs`` side by side.
+
+    Args:
+        name: of the kind of study, in messages.
+        make: a setting of what the file holds.
+
+    Returns:
+        All that the file holds.
+
+    Raises:
+        ConfigError: for a file of another study, or data that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images.pt")
+        kind = Kind(name, ImageStudy, lambda held: make(**held), partial(train_alone, images=str(images)), "test_accuracy",
+                    lambda run: f"{run['test_accuracy']:.2%}", unit="update")
+        results = Results(output, study, kind)
+        if missing := results.missing(wanted):
+            steps = prepare(study, images)
+            results.execute(missing, steps, jobs, max(1, usable_cores() // jobs))
+    return results
