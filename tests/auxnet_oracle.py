@@ -11,7 +11,8 @@ Per micro-batch, K stages F_0..F_{K-1}, lambda_0 = x, and a chain of small steps
     7  more sweeps repeat 3 to 5 for the same lambda_k, where z_k is drawn to lambda^_{k+1} (penalty) or kappa moves (kept)
 
 c = beta / (N_k v_k), eta_k = eta / c_pull; N_k the elements of z_k, v_k its variance about each channel's mean (at least a
-hundredth of its mean square): the first micro-batch's, and after every update a hundredth of the way to the mean of that update's. Where p_k
+hundredth of its mean square): the first micro-batch's, and after every update a hundredth of the way to the mean of that
+update's. Where p_k
 came through a penalty it is multiplied by pull / fit. A stage sweeps until the loss has been heard there, so once for each
 stage above it. Predicted kappas: s_k * head_k(z_k, y), where the head learns -p/s_k, s_k the root mean square of the first p;
 they are kept out of step 4. With k micro-batches an update the whole objective is divided by k. ``whole``: autograd goes
