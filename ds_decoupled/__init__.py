@@ -9,6 +9,7 @@ Names load when they are first used, so that plans can be drawn without torch.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ __all__ = ["ConfigError", "DecoupledConfig", "DecoupledPipelineEngine", "Decoupl
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # ds_decoupled.nn.mark_block, as a user writes it
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 

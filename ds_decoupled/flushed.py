@@ -12,13 +12,26 @@ from ds_decoupled.summary import summarize_flushed
 
 
 class FlushedPipelineEngine(PipelineEngine):
-    """DeepSpeed's ``PipelineEngine``, unchanged. Every call of ``train_batch`` ends with an empty pipeline.
+    """DeepSpeed's ``PipelineEngine``. Every call of ``train_batch`` ends with an empty pipeline.
 
     :func:`ds_decoupled.initialize` gives a finished engine this class, so that nothing here takes part in its making. Unlike a
     decoupled engine it needs a data iterator on the ranks of the last stage too, as in DeepSpeed.
     """
 
     in_flight = 0
+
+    def eval_batch(self, data_iter: Any, return_logits: bool = False, compute_loss: bool = True,
+                   reduce_output: str | None = "avg", bcast_loss: bool = True, num_micro_batches: int | None = None) -> Any:
+        """DeepSpeed's own; where it is asked for no mean loss, its monitor is told none.
+
+        DeepSpeed would tell a monitor the mean of whatever it gives: a list, outputs, or None.
+        """
+        enabled = self.monitor.enabled
+        self.monitor.enabled = enabled and compute_loss and reduce_output is not None
+        try:
+            return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)
+        finally:
+            self.monitor.enabled = enabled
 
     def drain(self) -> Tensor:
         """There is nothing to finish: NaN, as where a decoupled engine finished nothing."""

@@ -64,6 +64,7 @@ def train(args: argparse.Namespace) -> None:
     if not own and not Path(args.model).exists():
         raise ConfigError("--model", args.model, f"it is neither a size ({', '.join(SIZES)}) nor a config.json of transformers")
     if own:
+        refuse_unused(args, {"output_dtype": None, "max_shard_size": None}, "transformers cannot load this project's own GPTs")
         refuse_unused(args, {"untie_embeddings": False}, f"the GPT {args.model} has two tensors, as it is")
     else:
         refuse_unused(args, {"plain": False, "blocks": None, "dropout": None, "embedding_std": None},

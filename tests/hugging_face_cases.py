@@ -35,7 +35,7 @@ def train(case: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     losses = [engine.train_batch(data).item() for _ in range(case["batches"] // case.get("k", 1))]
     if ours:
         engine.drain()
-    to_hugging_face(engine, target)
+    to_hugging_face(engine, target, **case.get("export", {}))
     if peft_config is not None:
         to_hugging_face(engine, f"{target}-adapters", merge_adapters=False)
     engine.total_loss = None

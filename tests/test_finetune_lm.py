@@ -111,6 +111,33 @@ def test_resumes(adapters: list[str], tmp_path: Path, text: Path) -> None:
     assert resumed["curves"]["validation_loss"] == whole["curves"]["validation_loss"]
 
 
+def test_what_a_resumed_run_cannot_follow(tmp_path: Path, text: Path) -> None:
+    """It would go on with the rate of the run that saved it, and with its layers; how long it is may change."""
+    model, saved = save_tiny(tmp_path / "llama"), tmp_path / "saved"
+    common = ("finetune_lm", tmp_path, "--model", model, "--data", text, *SHORT)
+    first = config_file(tmp_path, "delayed")
+    again = ("--lora_rank", "2", "--lr", "1e-3")
+    run(*common, "--deepspeed_config", first, *again, "--micro_batches", "12", "--save_checkpoint", saved)
+    other = tmp_path / "other.json"
+    settings = json.loads(first.read_text())
+    settings["optimizer"]["params"]["weight_decay"] = 0.5
+    other.write_text(json.dumps(settings))
+    for config, changes, words in (
+        (first, [*again, "--lr", "2e-3"], ['"--lr": 0.002', "had 0.001"]),
+        (first, ["--lora_rank", "2"], ['"--lr": 0.003', "had 0.001"]),
+        (first, [*again, "--lora_rank", "4"], ['"--lora_rank": 4', "had 2"]),
+        (first, [*again, "--seed", "3"], ['"--seed": 3', "had 0"]),
+        (other, [*again], ['"optimizer"', "weight_decay"]),
+    ):
+        with pytest.raises(worlds.RankFailed) as failure:
+            run(*common, "--deepspeed_config", config, *changes, "--resume", saved, ranks=2)
+        assert all("SystemExit" in str(error) and "cannot follow" in str(error) for error in failure.value.errors)
+        assert all(word in str(failure.value) for word in words), (words, str(failure.value))
+    moved = text.rename(tmp_path / "elsewhere" / "text.txt") if (tmp_path / "elsewhere").mkdir() is None else text
+    longer = run(*common, "--data", moved, "--deepspeed_config", first, *again, "--resume", saved, ranks=2)
+    assert longer["curves"]["tokens"][-1] == 24 * 4 * 16
+
+
 @pytest.mark.parametrize("method, changes, words", [
     ("petra", [], ["decoupled.method", "petra", "cannot be undone", "dsp", "delayed"]),
     ("reversible", [], ["decoupled.method", "reversible", "backprop"]),

@@ -31,6 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "phi": {},
     "phi3": {"pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "n_head": 4},
 }
 

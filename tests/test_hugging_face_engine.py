@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import worlds
 from safetensors.torch import load_file
-from test_hugging_face import small_model
+from test_hugging_face import build, run, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from ds_decoupled.models import from_hugging_face
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -30,6 +33,12 @@ def logits_of(folder: Path, result: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask).logits
     return logits
+
+
+def logits_of_ours(folder: Path, result: dict[str, Any]) -> Tensor:
+    """What our layers make of the folder."""
+    with torch.no_grad():
+        return run(build(from_hugging_face(folder, untie_embeddings=True)), result["batch"][0])
 
 
 @pytest.mark.parametrize("method", ["backprop", "delayed", "dsp"])
@@ -111,3 +120,44 @@ def test_petra_on_a_residual_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(worlds.RankFailed) as failure:
         train({"method": "petra"}, 2, tmp_path / "source", tmp_path / "target")
     assert all(e and "can be inverted" in e and "dsp" in e for e in failure.value.errors)
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_a_folder_that_holds_an_earlier_export(ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Its weights, adapters among them, are not loaded in place of the new ones; other files stay."""
+    small_model("llama").save_pretrained(tmp_path / "source")
+    target = tmp_path / "target"
+    train({"method": "dsp", "batches": 4}, ranks[0], tmp_path / "source", target)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "notes.txt"):
+        (target / name).write_text("{}")
+    results = train({"method": "dsp", "lr": 0.01}, ranks[1], tmp_path / "source", target)
+    torch.testing.assert_close(logits_of(target, results[-1]), results[-1]["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of_ours(target, results[-1]), results[-1]["logits"], rtol=1e-5, atol=1e-5)
+    kept = {"config.json", "generation_config.json", "notes.txt"}
+    assert not {file.name for file in target.iterdir() if not file.name.startswith("model")} - kept
+    assert len(list(target.glob("model*.safetensors"))) == ranks[1] and (target / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_types_and_sizes_of_files(ranks: int, tmp_path: Path) -> None:
+    """In the type of the source, in files of a set size, with what the model generates with."""
+    model = small_model("mixtral").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    # As in many folders on the hub: transformers loads it, and would refuse to save it again.
+    said = {"bos_token_id": 1, "eos_token_id": 2, "top_k": 7, "do_sample": False}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(said))
+    target = tmp_path / "target"
+    case = {"method": "dsp", "batches": 4, "export": {"dtype": "source", "max_shard_size": "20KB"}}
+    results = train(case, ranks, tmp_path / "source", target)
+    files = sorted(target.glob("model-*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    tensors = weights_of(target)
+    assert len(files) > 3 and set(tensors) == set(weights_of(tmp_path / "source"))
+    assert all(t.dtype == torch.bfloat16 for t in tensors.values())
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 20_000 for file in files)
+    again = AutoModelForCausalLM.from_pretrained(target)
+    assert again.dtype == torch.bfloat16 and again.generation_config.top_k == 7
+    assert json.loads((target / "generation_config.json").read_text()) == said
+    with torch.no_grad():
+        logits = again.float().eval()(input_ids=results[-1]["batch"][0]).logits
+    torch.testing.assert_close(logits, results[-1]["logits"], rtol=0.05, atol=0.1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -126,3 +129,15 @@ def _private(name: str) -> bool:
 def _of_itself(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") or (
         isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id == "super")
+
+
+def test_what_the_docs_name_is_reached_by_one_import() -> None:
+    """In a process that has imported nothing else."""
+    pages = [ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md"))]
+    dotted = re.compile(r"\bds_decoupled(?:\.[A-Za-z_]\w*)+(?!\.\w|/)")
+    names = sorted({name for page in pages for name in dotted.findall(page.read_text())})
+    assert "ds_decoupled.nn.mark_block" in names
+    wrong = "try:\n    ds_decoupled.nothing\n    raise SystemExit('no error')\nexcept AttributeError:\n    pass\n"
+    done = subprocess.run([sys.executable, "-c", "import ds_decoupled\n" + wrong + "\n".join(names)], capture_output=True,
+                          text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr

@@ -130,3 +130,27 @@ def test_the_monitor_gets_losses_and_no_nan(tmp_path: Path) -> None:
     evaluation = next(values for name, values in rows.items() if "eval_loss" in name)
     assert 0 < len(train) < 16 and all(map(math.isfinite, train))  # the first ones fill the pipeline
     assert len(evaluation) == 32 and all(map(math.isfinite, evaluation))
+
+
+def evaluated_by_one(case: dict[str, Any]) -> Any:
+    """As recipes do: every loss by itself, and outputs, beside the mean."""
+    engine = engine_cases.build(case)
+    engine.train_batch(engine_cases.data_of(case, engine))
+    losses = engine.eval_batch(iter(batches(2)), num_micro_batches=2, reduce_output=None, bcast_loss=False)
+    engine.total_loss = None  # DeepSpeed would add outputs to it
+    engine.eval_batch(iter(batches(2)), num_micro_batches=2, reduce_output=None, compute_loss=False)
+    engine.total_loss = None
+    mean = engine.eval_batch(iter(batches(2)), num_micro_batches=2)
+    return None if losses is None else [loss.item() for loss in losses], mean.item()
+
+
+@pytest.mark.parametrize("method", ["backprop", "delayed"])
+def test_a_monitor_beside_losses_one_by_one(method: str, tmp_path: Path) -> None:
+    """DeepSpeed's own engine would ask a list of losses for its mean."""
+    case = {"method": method, "batches": 2, "net": "plain", "stages": 2,
+            "config": {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}}
+    results = worlds.run(2, evaluated_by_one, case)
+    losses, mean = results[-1]
+    assert mean == pytest.approx(sum(losses) / 2)
+    [evaluation] = list(tmp_path.rglob("*eval_loss*.csv"))
+    assert [float(row[1]) for row in list(csv.reader(evaluation.open()))[1:]] == [pytest.approx(mean)]

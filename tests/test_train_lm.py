@@ -34,6 +34,7 @@ def test_launched(tmp_path: Path) -> None:
     done = launch("train_lm", "--deepspeed_config", config_file(tmp_path, "petra"), "--blocks", "1", *SHORT, "--sample", "10",
                   "--summary", summary, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "data: " in done.stdout and " tokens to train on" in done.stdout
     results = json.loads(summary.read_text())
     assert results.keys() >= FIELDS
     assert (results["method"], results["stages"], results["pipe_ranks"], results["data"]) == ("petra", 4, 2, "topics")

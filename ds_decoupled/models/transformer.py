@@ -172,7 +172,11 @@ class LanguageModelHead(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats; ``logits (N, T, vocab_size)``, ``targets (N, T)`` with -100 where none is asked for."""
+    """Mean cross-entropy in nats; ``logits (N, T, vocab_size)``, ``targets (N, T)`` with -100 where none is asked for.
+
+    Targets stand at the place that they are predicted at, shifted already: for inputs ``ids[:, :-1]`` they are ``ids[:, 1:]``.
+    (``transformers`` takes labels that are the inputs, and shifts them itself.)
+    """
     # float: a softmax over a large vocabulary loses most of its bits in bf16.
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 

@@ -20,6 +20,15 @@ class Tokenizer(Protocol):
     def encode(self, documents: list[str]) -> list[int]:
         """All documents behind one another."""
 
+    def tokens(self, text: str) -> list[int]:
+        """One text, with nothing before or behind it."""
+
+    def end(self) -> list[int]:
+        """What stands behind a text that is over."""
+
+    def chat(self, messages: list[dict[str, Any]], *, answers: bool) -> list[int]:
+        """A conversation by the tokenizer's template; with ``answers`` up to where the assistant begins to speak."""
+
     def decode(self, ids: list[int]) -> str: ...
 
     def save(self, folder: Path) -> None:
@@ -34,6 +43,16 @@ class Bytes:
 
     def encode(self, documents: list[str]) -> list[int]:
         return list("\n".join(documents).encode())
+
+    def tokens(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def end(self) -> list[int]:
+        return [10]  # a line
+
+    def chat(self, messages: list[dict[str, Any]], *, answers: bool) -> list[int]:
+        raise ConfigError("--tokenizer", self.name, "conversations need a tokenizer with a chat template",
+                          "Give one, or rows of prompt and completion")
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -50,7 +69,7 @@ class HuggingFaceTokenizer:
 
         try:
             with reached_or_offline(name):
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError("--tokenizer", name, f"no tokenizer can be loaded from there ({reason})",
@@ -58,14 +77,25 @@ class HuggingFaceTokenizer:
         self.name, self.vocab_size = name, len(self._tokenizer)
 
     def encode(self, documents: list[str]) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        border = self._tokens("\n") if end is None else [end]
-        ids = self._tokens(documents[0])
+        border, ids = self.end(), self.tokens(documents[0])
         for document in documents[1:]:
-            ids += border + self._tokens(document)
+            ids += border + self.tokens(document)
         return ids
 
-    def _tokens(self, text: str) -> list[int]:
+    def end(self) -> list[int]:
+        end = self._tokenizer.eos_token_id
+        return self.tokens("\n") if end is None else [end]
+
+    def chat(self, messages: list[dict[str, Any]], *, answers: bool) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
+        except Exception as error:  # no template, or one that refuses these messages in words of its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError("--tokenizer", self.name, f"it cannot write a conversation ({reason})",
+                              "Give a tokenizer with a chat template, or rows of prompt and completion") from error
+        return self.tokens(text)
+
+    def tokens(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:

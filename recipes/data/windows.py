@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.text import counted
 from data.tokens import Tokenizer
 from ds_decoupled.errors import ConfigError
 
@@ -16,20 +17,54 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids: the first nine tenths to train on, the rest to validate on."""
+    """Token ids: the first nine tenths to train on, the rest to validate on, or another text."""
 
     train: Tensor
     validation: Tensor
 
     @staticmethod
-    def of(documents: list[str], tokenizer: Tokenizer, sequence: int) -> Corpus:
-        """Raises :class:`ConfigError` where the text is too short for a sequence to validate on."""
+    def of(documents: list[str], tokenizer: Tokenizer, sequence: int, validation: list[str] | None = None) -> Corpus:
+        """``validation``: texts to validate on, instead of the last tenth.
+
+        Raises:
+            ConfigError: where a text is too short for a sequence.
+        """
         ids = torch.tensor(tokenizer.encode(documents), dtype=torch.long)
+        if validation is not None:
+            others = torch.tensor(tokenizer.encode(validation), dtype=torch.long)
+            for part, option in ((ids, "--data"), (others, "--validation")):
+                if len(part) <= sequence:
+                    raise ConfigError("--sequence_length", sequence, f"the text of {option} has {len(part)} tokens",
+                                      "Give more text or shorter sequences")
+            return Corpus(ids, others)
         cut = len(ids) * 9 // 10
         if len(ids) - cut <= sequence:
             raise ConfigError("--sequence_length", sequence, f"the text has {len(ids)} tokens, and the last tenth of them must "
                               "hold a sequence to validate on", "Give more text or shorter sequences")
         return Corpus(ids[:cut], ids[cut:])
+
+    def told(self, documents: list[str]) -> str:
+        """What was read, in words."""
+        note = getattr(documents, "note", "")
+        read = counted(len(documents), "document") + (f" from {note}" if note else "")
+        return f"data: {read}, {len(self.train):,} tokens to train on and {len(self.validation):,} to validate on"
+
+    @property
+    def tokens(self) -> int:
+        """To train on."""
+        return len(self.train)
+
+    def loader(self, micro_batch: int, sequence: int, *, seed: int, replica: int, replicas: int) -> RandomWindows:
+        """Windows at random places."""
+        return RandomWindows(self.train, micro_batch, sequence, seed=seed, replica=replica, replicas=replicas)
+
+    def tests(self, micro_batch: int, sequence: int, limit: int) -> list[Batch]:
+        """Micro-batches in order."""
+        return in_order(self.validation, micro_batch, sequence, limit)
+
+    def prompt(self, most: int) -> list[int]:
+        """The beginning of the text that is not trained on."""
+        return list(self.validation[:most].tolist())
 
 
 class RandomWindows(Iterator[Batch]):

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from deepspeed.pipe import TiedLayerSpec
 
 from data.hub import reached_or_offline
-from data.tokens import Tokenizer, tokenizer_of
+from data.tokens import TOKENIZER_FILES, Bytes, Tokenizer, tokenizer_of
 from ds_decoupled.collectives import together
 from ds_decoupled.config import DecoupledConfig, parse_block
 from ds_decoupled.errors import ConfigError
+from run.options import refuse_unused
 from run.places import check_folder
 from run.setup import Setup
 
@@ -22,6 +23,9 @@ from run.setup import Setup
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What recipes for models of ``transformers`` take."""
     parser.add_argument("--output", metavar="DIR", help="save for from_pretrained there, model and tokenizer")
+    parser.add_argument("--output_dtype", choices=("source", "float32", "bfloat16", "float16"),
+                        help="type of the weights in --output (default: source, that of the model which was read)")
+    parser.add_argument("--max_shard_size", help='of a file in --output (default: "50GB")')
     parser.add_argument("--untie_embeddings", action="store_true",
                         help="make two tensors of a tied embedding and unembedding; delayed updates need it")
 
@@ -39,6 +43,9 @@ def model_of(args: argparse.Namespace, setup: Setup, *, fresh: bool = False,
     """
     from ds_decoupled.models import from_hugging_face
 
+    if args.output is None:
+        refuse_unused(args, ["output_dtype", "max_shard_size"], "without --output nothing is written", "Give --output")
+    check_shard_size(args.max_shard_size)
     together(lambda: check_folder("--output", args.output) if args.output is not None and dist.get_rank() == 0 else None)
     block = parse_block(setup.config)
     _check_method(block)
@@ -55,6 +62,7 @@ def model_of(args: argparse.Namespace, setup: Setup, *, fresh: bool = False,
     if peft_config is not None:
         _check_adapters(layers, peft_config)
     tokenizer = tokenizer_of(args.tokenizer, args.model)
+    _check_left_over(args, tokenizer)
     _check_sizes(args, configuration.get_text_config(), tokenizer)
     return layers, tokenizer
 
@@ -65,17 +73,29 @@ def save(args: argparse.Namespace, engine: Any, tokenizer: Tokenizer, *, merge_a
 
     if args.output is None:
         return
-    to_hugging_face(engine, args.output, merge_adapters=merge_adapters)
+    dtype = args.output_dtype or "source"
+    to_hugging_face(engine, args.output, merge_adapters=merge_adapters, max_shard_size=args.max_shard_size or "50GB",
+                    dtype="source" if dtype == "source" else getattr(torch, dtype))
     if dist.get_rank() == 0:
         tokenizer.save(Path(args.output))
         print(f"saved: {args.output}")
+
+
+def check_shard_size(size: str | None) -> None:
+    """Raises :class:`ConfigError` for what is no size of a file."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size or "50GB")
+    except ValueError as error:
+        raise ConfigError("--max_shard_size", size, f"it is no size ({error})", 'Give, for example, "5GB"') from error
 
 
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what a file that is none raises depends on what is in it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError("--model", name, f"transformers finds no configuration there ({reason})",
@@ -107,6 +127,15 @@ def _check_adapters(layers: list[Any], peft_config: Any) -> None:
                   if isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"}
         raise ConfigError("--lora_targets", sorted(peft_config.target_modules), "no layer of this model has such a name",
                           f"It has {', '.join(sorted(linear))}; all-linear takes all of them")
+
+
+def _check_left_over(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Bytes write no files: those of a tokenizer that is there would be loaded with the model."""
+    if args.output is None or not isinstance(tokenizer, Bytes):
+        return
+    if left := [name for name in TOKENIZER_FILES if Path(args.output, name).is_file()]:
+        raise ConfigError("--output", args.output, f"it holds a tokenizer ({left[0]}), and this model is trained on bytes",
+                          "Give another folder, or take it out")
 
 
 def _check_sizes(args: argparse.Namespace, config: Any, tokenizer: Tokenizer) -> None:

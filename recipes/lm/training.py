@@ -8,15 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.text import read_text
+from data.examples import Instructions
+from data.files import Rows
+from data.text import Documents, read_data
 from data.tokens import Tokenizer
-from data.windows import Corpus, RandomWindows
+from data.windows import Corpus
 from ds_decoupled.collectives import from_rank, together
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
 from lm.validation import generate, perplexity, validate
 from run.arguments import add_run_arguments
-from run.options import number, refuse_unused, whole
+from run.options import number, refuse_unused, whole, yes_or_no
 from run.rates import lr_schedule, set_peak_lr
 from run.results import report, summarize
 from run.setup import Setup
@@ -30,10 +32,16 @@ PROMPT = 16
 def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence_length: int, micro_batches: int, lr: float,
                   summary: str) -> None:
     """Options of text and training; those given here are the defaults, and without ``data`` it must be given."""
-    kinds = "a text file, a folder of them, a name of `datasets` with a column `text`, or topics: Python's own documentation"
+    kinds = ("a file of text, JSONL or parquet (also .gz), a folder of them, a name of `datasets`, or topics: Python's own "
+             "documentation; rows have `text`, `prompt` and `completion`, or `messages`")
     parser.add_argument("--data", default=data, required=data is None, help=kinds + (f" (default: {data})" if data else ""))
     parser.add_argument("--tokenizer", help="bytes, a folder or a hub name (default: the model's own, if it has one, or bytes)")
-    parser.add_argument("--sequence_length", type=whole(1), default=sequence_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--validation", metavar="DATA", help="to validate on (default: the last tenth of --data)")
+    parser.add_argument("--packing", action="store_true", help="rows one behind another, not each filled up")
+    parser.add_argument("--completion_only_loss", type=yes_or_no, nargs="?", const=True, metavar="true|false",
+                        help="learn completions and what the assistant says alone (default: true)")
+    parser.add_argument("--sequence_length", "--max_length", type=whole(1), default=sequence_length,
+                        help="tokens (default: %(default)s)")
     parser.add_argument("--micro_batches", type=whole(1), default=micro_batches,
                         help="to train on, per replica (default: %(default)s)")
     parser.add_argument("--lr", type=number(0), help=f"peak (default: the JSON's, else {lr:g})")
@@ -46,6 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
                         help="tokens of generated text at the end (default: %(default)s)")
     parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
     add_run_arguments(parser, stretch="evaluations", summary=summary)
+
+
+def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer) -> Corpus | Instructions:
+    """What ``args`` names, cut into windows; on rank 0 it is said how much that is."""
+    found = read_data(args.data)
+    validation = None if args.validation is None else read_data(args.validation, "--validation")
+    if validation is not None and type(validation) is not type(found):
+        raise ConfigError("--validation", args.validation, "it is of another kind than --data: one holds texts, the "
+                          "other prompts or conversations", "Give both of one kind")
+    corpus: Corpus | Instructions
+    if isinstance(found, Rows):
+        corpus = Instructions.of(found, tokenizer, args.sequence_length, completion_only=args.completion_only_loss is not False,
+                                 packing=args.packing, validation=validation if isinstance(validation, Rows) else None)
+        told = corpus.told(found)
+    else:
+        refuse_unused(args, {"packing": False, "completion_only_loss": None}, "it is for rows of prompts or conversations, and "
+                      f"{args.data} holds texts, which are packed and learned as a whole")
+        corpus = Corpus.of(found, tokenizer, args.sequence_length, validation if isinstance(validation, Documents) else None)
+        told = corpus.told(found)
+    if dist.get_rank() == 0:
+        print(told)
+    return corpus
 
 
 def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: Tokenizer, *, lr: float, name: str,
@@ -68,12 +98,9 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     if args.evaluations is not None and args.evaluations > updates:
         raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
 
-    def read() -> Corpus:
-        return Corpus.of(read_text(args.data), tokenizer, sequence)
-
-    corpus = together(read if setup.holds_data else None)
-    loader = None if corpus is None else RandomWindows(corpus.train, micro_batch, sequence, seed=args.seed,
-                                                       replica=setup.replica, replicas=setup.replicas)
+    corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
+    loader: Any = None if corpus is None else corpus.loader(micro_batch, sequence, seed=args.seed, replica=setup.replica,
+                                                            replicas=setup.replicas)
     set_peak_lr(setup.config, args.lr, rule=lr)
     warmup = WARMUP if args.warmup is None else args.warmup
     engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
@@ -92,7 +119,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     text = ""
     if args.sample:
         temperature = TEMPERATURE if args.temperature is None else args.temperature
-        prompt = from_rank(0, [] if corpus is None else corpus.validation[:PROMPT].tolist())
+        prompt = from_rank(0, [] if corpus is None else corpus.prompt(PROMPT))
         text = tokenizer.decode(prompt + generate(engine, prompt, args.sample, window=sequence, seed=args.seed,
                                                   vocab_size=tokenizer.vocab_size, temperature=temperature))
     losses, validation = trained.progress.train_loss, trained.progress.score
@@ -102,7 +129,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         args, setup, engine, trained,
         **facts,
         data=args.data,
-        epochs=tokens[-1] / from_rank(0, 0 if corpus is None else len(corpus.train)),
+        epochs=tokens[-1] / from_rank(0, 0 if corpus is None else corpus.tokens),
         **before,
         validation_loss=validation[-1],
         perplexity=perplexity(validation[-1]),

@@ -9,24 +9,28 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.windows import Corpus, in_order
+from data.examples import NOT_ASKED, Instructions
+from data.windows import Corpus
 from ds_decoupled.collectives import from_rank
 from ds_decoupled.flushed import FlushedPipelineEngine
 from run.evaluation import evaluate
 
 
-def validate(engine: Any, corpus: Corpus | None, micro_batch: int, sequence: int, limit: int) -> float:
-    """Mean loss per token over the validation text, in nats, on every rank; a collective call."""
-    batches = None if corpus is None else in_order(corpus.validation, micro_batch, sequence, limit)
+def validate(engine: Any, corpus: Corpus | Instructions | None, micro_batch: int, sequence: int, limit: int) -> float:
+    """Mean loss per token over the validation text, in nats, on every rank and to DeepSpeed's monitor; a collective call."""
+    batches = None if corpus is None else corpus.tests(micro_batch, sequence, limit)
     if batches and isinstance(engine, FlushedPipelineEngine):  # DeepSpeed's own engine cannot take a smaller last one
         batches = [batch for batch in batches if len(batch[0]) == micro_batch] or batches
     count = from_rank(0, 0 if batches is None else len(batches))
     losses = evaluate(engine, None if batches is None else iter(batches), count)
     value = math.nan
     if losses is not None and batches is not None:
-        sizes = torch.tensor([float(len(x)) for x, _ in batches])
+        sizes = torch.tensor([float((targets != NOT_ASKED).sum()) for _, targets in batches])
         value = ((torch.stack([loss.float().cpu().reshape(()) for loss in losses]) * sizes).sum() / sizes.sum()).item()
-    return from_rank(dist.get_world_size() - 1, value)
+    value = from_rank(dist.get_world_size() - 1, value)
+    if dist.get_rank() == 0 and engine.monitor.enabled:
+        engine.monitor.write_events([("Train/Samples/eval_loss", value, engine.global_samples)])
+    return value
 
 
 def generate(engine: Any, prompt: list[int], length: int, *, window: int, vocab_size: int, temperature: float,

@@ -53,6 +53,13 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
     return read
 
 
+def yes_or_no(text: str) -> bool:
+    """Reads true or false, as TRL's command line has it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def refuse_unused(args: argparse.Namespace, names: Mapping[str, Any] | list[str], why: str, hint: str = "") -> None:
     """Refuse options that were given, though nothing would come of them.
 

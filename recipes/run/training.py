@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from ds_decoupled.collectives import together
 from ds_decoupled.errors import ConfigError
+from run import resuming
 from run.setup import Setup
 from run.thread_trial import ThreadTrial
 
@@ -92,6 +94,8 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
     if ends[-1] < 1:
         raise ConfigError("gradient_accumulation_steps", setup.k, "all the micro-batches of this run do not make one update",
                           "Take a smaller k or a longer run")
+    if args.resume:
+        together(lambda: resuming.check(args, setup))
     progress = _resume(engine, setup, args.resume, ends[-1]) if args.resume else Progress()
     first, seconds = progress.done, 0.0
     if loader is not None:
@@ -113,6 +117,7 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
             # Before the drain, so that a longer run goes on as if it had not been stopped.
             engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}",
                                    client_state={"progress": asdict(progress), "run": setup.counted_in})
+            resuming.note(args, setup, args.save_checkpoint, f"update{end}")
         if last:
             start = time.perf_counter()
             engine.drain()

@@ -13,9 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.models.hugging_face.chain import NotAChain, check_chain, stubbed, width_of
+
+_TUPLES = 5
+"""One more than the longest tuple that a decoder layer is tried with."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Anatomy:
         width: features of a hidden state.
         input_weight, output_weight: parameter names of the token embedding and of the unembedding.
         tied: whether both are one tensor in the original.
-        tuples: whether a decoder layer gives its hidden state in a tuple.
+        tuples: 0 where a decoder layer gives its hidden state by itself, or the length of the tuple that it begins.
     """
 
     layers: str
@@ -40,38 +44,7 @@ class Anatomy:
     input_weight: str
     output_weight: str
     tied: bool
-    tuples: bool
-
-
-class Stub(nn.Module):
-    """Stands where a part was; attributes of the part itself can still be read."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["original"] = original
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "original" not in self.__dict__:  # while it is copied
-            raise AttributeError(name)
-        return getattr(self.__dict__["original"], name)
-
-
-class _Recorder(Stub):
-    """Tells when it is called, and answers with zeros of the shape that the part would give."""
-
-    def __init__(self, original: nn.Module, path: str, calls: list[str], tuples: bool = False) -> None:
-        super().__init__(original)
-        self.__dict__.update(path=path, calls=calls, tuples=tuples)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["calls"].append(self.__dict__["path"])
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        original = self.__dict__["original"]
-        if isinstance(original, nn.Embedding):
-            return torch.zeros(*x.shape, original.embedding_dim)
-        if isinstance(original, nn.Linear):
-            return torch.zeros(*x.shape[:-1], original.out_features)
-        return (x,) if self.__dict__["tuples"] else x
+    tuples: int
 
 
 @lru_cache(maxsize=4)
@@ -102,12 +75,6 @@ def skeleton(model_class: Any, config: Any) -> Any:
     return _skeleton(model_class, key, _ConfigHolder(config))
 
 
-def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` where ``path`` says."""
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
-
-
 def _unfit(model: nn.Module, part: str, why: str) -> ConfigError:
     return ConfigError("model", type(model).__name__, f"{part}: {why}",
                        "It cannot be cut into stages; write its layers as a PipelineModule by hand.")
@@ -120,57 +87,85 @@ def dissect(model_class: Any, config: Any) -> Anatomy:
         ConfigError: naming the part that does not fit.
     """
     model = skeleton(model_class, config)
-    if getattr(config, "is_encoder_decoder", False):
+    # The class may have changed its copy: of an encoder and a decoder it takes the decoder alone.
+    if getattr(model.config, "is_encoder_decoder", False):
         raise _unfit(model, "encoder", "a model with an encoder and a decoder is no chain of layers")
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    lists = [path for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if count is None or not lists:
-        raise _unfit(model, "decoder layers", f"there is no list of num_hidden_layers = {count} layers")
-    layers = min(lists, key=lambda path: path.count("."))
-    try:
-        (before, after), tuples = _before_and_after(model, layers, tuples=False), False
-    except ConfigError as error:
-        try:
-            (before, after), tuples = _before_and_after(model, layers, tuples=True), True
-        except ConfigError:
-            raise error from None
     names = {id(part): path for path, part in model.named_modules()}
     embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
     for part, what in ((embedding, "token embedding"), (unembedding, "unembedding")):
         if part is None or id(part) not in names:
             raise _unfit(model, what, "the model does not tell where it is")
-    found = Anatomy(layers, count, before, after, config.get_text_config().hidden_size, f"{names[id(embedding)]}.weight",
-                    f"{names[id(unembedding)]}.weight", bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
-                    tuples)
+    layers, (before, after), tuples = _find_layers(model)
+    try:
+        check_chain(model, layers, outside(model, layers), tuples)
+    except NotAChain as error:
+        raise _unfit(model, error.part, error.why) from error
+    # What the model ties, which is not always what its configuration says.
+    pairs = model.all_tied_weights_keys
+    entrance, exit_ = (f"{names[id(part)]}.weight" for part in (embedding, unembedding))
+    tied = pairs.get(entrance, entrance) == pairs.get(exit_, exit_)
+    found = Anatomy(layers, len(list(model.get_submodule(layers).children())), before, after, width_of(model), entrance,
+                    exit_, tied, tuples)
     _all_covered(model, found)
     return found
 
 
-def _before_and_after(model: nn.Module, layers: str, tuples: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    run = copy.deepcopy(model)
-    calls: list[str] = []
-    for path in outside(model, layers):
-        set_module(run, path, _Recorder(model.get_submodule(path), path, calls))
-    blocks = run.get_submodule(layers)
-    assert isinstance(blocks, nn.ModuleList)
-    for i in range(len(blocks)):
-        blocks[i] = _Recorder(blocks[i], layers, calls, tuples)
+def _find_layers(model: Any) -> tuple[str, tuple[tuple[str, ...], tuple[str, ...]], int]:
+    """Path of the list of decoder layers, the parts before and after it, and how a layer gives its hidden state.
+
+    It is the outermost list of ``num_hidden_layers``; where the configuration counts something else, such as the layers of an
+    encoder that this class has not, the outermost list that is called like one.
+    """
+    lists = [(path, len(part)) for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists.sort(key=lambda found: (found[1] != count, found[0].count(".")))
+    if not lists:
+        raise _unfit(model, "decoder layers", "there is no list of layers")
+    outermost = [path for path, _ in lists if not any(path.startswith(f"{other}.") for other, _ in lists)]
+    first: NotAChain | None = None
+    for layers in outermost:
+        farthest, error = -1, None
+        for tuples in range(_TUPLES):
+            try:
+                return layers, _before_and_after(model, layers, tuples), tuples
+            except _Stopped as stopped:
+                if stopped.calls > farthest:
+                    farthest, error = stopped.calls, stopped
+        first = first or error
+    assert first is not None
+    raise _unfit(model, first.part, first.why) from first
+
+
+class _Stopped(NotAChain):
+    """So far a run on stubs came."""
+
+    def __init__(self, part: str, why: str, calls: int) -> None:
+        super().__init__(part, why)
+        self.calls = calls
+
+
+def _before_and_after(model: nn.Module, layers: str, tuples: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    run, calls = stubbed(model, layers, outside(model, layers), tuples)
+    count = len(list(run.get_submodule(layers).children()))
     try:
         with torch.no_grad():
             run(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception as error:
         done = f"after {calls[-1]}" if calls else "before its first part"
-        raise _unfit(model, done, f"its forward pass does not run on parts alone ({type(error).__name__}: {error})") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise _Stopped(done, f"its forward pass does not run on parts alone ({type(error).__name__}: {reason})",
+                       len(calls)) from error
     if layers not in calls:
-        raise _unfit(model, layers, "its forward pass does not call the layers")
+        raise _Stopped(layers, "its forward pass does not call the layers", 0)
     first, last = calls.index(layers), len(calls) - 1 - calls[::-1].index(layers)
-    if calls[first:last + 1] != [layers] * len(blocks):
+    if calls[first:last + 1] != [layers] * count:
         between = next((call for call in calls[first:last + 1] if call != layers), layers)
-        raise _unfit(model, between, "the decoder layers are not one chain: it is called among them, or a layer more than once")
+        raise _Stopped(between, "the decoder layers are not one chain: it is called among them, or a layer more than once",
+                       len(calls))
     before, after = tuple(dict.fromkeys(calls[:first])), tuple(dict.fromkeys(calls[last + 1:]))
     both = set(before) & set(after)
     if both:
-        raise _unfit(model, min(both), "it is called both before and after the decoder layers")
+        raise _Stopped(min(both), "it is called both before and after the decoder layers", len(calls))
     return before, after
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.models.hugging_face.anatomy import dissect
+from ds_decoupled.models.hugging_face.anatomy import Anatomy, dissect, skeleton
 from ds_decoupled.models.hugging_face.conversion import Conversion
+from ds_decoupled.models.hugging_face.folder import check_quantization
 from ds_decoupled.models.hugging_face.parts import DecoderPart, EmbeddingPart, HeadPart, TiedEnds, tied_head
-from ds_decoupled.models.hugging_face.weights import InMemory, SafetensorsFolder, Source
+from ds_decoupled.models.hugging_face.weights import GENERATION, InMemory, SafetensorsFolder, Source
 from ds_decoupled.nn import mark_block
 
 TIED_KEY = "embeddings"
@@ -25,7 +26,9 @@ def from_hugging_face(model_or_path: Any, *, untie_embeddings: bool = False, pef
     >>> model = DecoupledPipelineModule(layers, config="ds.json", loss_fn=next_token_loss)      # doctest: +SKIP
 
     Micro-batches are ``(inputs, labels)`` with ``inputs`` token ids ``(N, T)`` or a tuple of these, an attention mask
-    ``(N, T)`` and, if wanted, position ids ``(N, T)``; the last layer gives logits ``(N, T, vocab_size)``. A layer reads its
+    ``(N, T)`` and, if wanted, position ids ``(N, T)``; the last layer gives logits ``(N, T, vocab_size)``. Labels are compared
+    with the logits of their own place: they must be shifted already, the id that comes next at every place
+    (``ids[:, 1:]`` for inputs ``ids[:, :-1]``), unlike those of ``transformers``, which shifts them itself. A layer reads its
     weights when it is built, so that a rank reads its own stages' alone; they are float32 until the engine casts them.
 
     Args:
@@ -38,13 +41,13 @@ def from_hugging_face(model_or_path: Any, *, untie_embeddings: bool = False, pef
     Raises:
         ConfigError: if the model cannot be cut, naming the part that does not fit, or has no safetensors.
     """
-    model_class, config, source_of = _resolve(model_or_path, attn_implementation)
+    model_class, config, source_of, generation = _resolve(model_or_path, attn_implementation)
     anatomy = dissect(model_class, config)
     # A frozen pair stays alike by itself.
     frozen = peft_config is not None and not peft_config.modules_to_save
     tie = anatomy.tied and not untie_embeddings and not frozen
-    aliases = {anatomy.output_weight: anatomy.input_weight} if anatomy.tied else {}
-    conversion = Conversion(model_class, config, anatomy, source_of(aliases), untie_embeddings and anatomy.tied, peft_config)
+    conversion = Conversion(model_class, config, anatomy, source_of(anatomy), untie_embeddings and anatomy.tied, peft_config,
+                            generation)
     ends: list[LayerSpec]
     if tie:
         attribute = f"embedding.embedding.{anatomy.input_weight}"
@@ -56,27 +59,34 @@ def from_hugging_face(model_or_path: Any, *, untie_embeddings: bool = False, pef
     return [mark_block(layer) for layer in (ends[0], *decoder, ends[1])]
 
 
-def _resolve(model_or_path: Any, attn_implementation: str | None) -> tuple[Any, Any, Any]:
-    """Class, configuration, and a function from aliases to the source of weights."""
-    from transformers import PreTrainedConfig, PreTrainedModel
+def _resolve(model_or_path: Any, attn_implementation: str | None) -> tuple[Any, Any, Any, str]:
+    """Class, configuration, a function from the anatomy to the source of weights, and what the model generates with."""
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     if isinstance(model_or_path, PreTrainedModel):
         if attn_implementation is not None:
             raise ConfigError("attn_implementation", attn_implementation, "a model that is there already has its own",
                               "Give it to from_pretrained(), or pass the folder here.")
-        return type(model_or_path), model_or_path.config, lambda aliases: InMemory(model_or_path)
+        check_quantization(model_or_path.config, type(model_or_path).__name__)
+        return type(model_or_path), model_or_path.config, lambda anatomy: InMemory(model_or_path), (
+            getattr(model_or_path, "generation_config", None) or GenerationConfig()).to_json_string()
     if isinstance(model_or_path, PreTrainedConfig):
-        return _class_of(model_or_path, attn_implementation), model_or_path, lambda aliases: None
+        return _class_of(model_or_path, attn_implementation), model_or_path, lambda anatomy: None, (
+            GenerationConfig.from_model_config(model_or_path).to_json_string())
     if not isinstance(model_or_path, (str, Path)):
         raise ConfigError("model", type(model_or_path).__name__, "a folder, a hub name, a model or a configuration is needed")
     folder = _folder(str(model_or_path))
     config = _config(folder)
+    check_quantization(config, str(folder))
+    both = bool(getattr(config, "is_encoder_decoder", False))  # some classes make it a decoder's when they are made
     model_class = _class_of(config, attn_implementation)
 
-    def source_of(aliases: dict[str, str]) -> Source:
-        return SafetensorsFolder(folder, model_class.base_model_prefix, aliases)
+    def source_of(anatomy: Anatomy) -> Source:
+        return SafetensorsFolder(folder, skeleton(model_class, config), anatomy, encoder=both)
 
-    return model_class, config, source_of
+    said = folder / GENERATION
+    generation = said.read_text() if said.is_file() else GenerationConfig.from_model_config(config).to_json_string()
+    return model_class, config, source_of, generation
 
 
 def _folder(name: str) -> Path:
@@ -97,7 +107,7 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a file that is none raises depends on what is in it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError("model", str(folder), f"its configuration cannot be read ({reason})",

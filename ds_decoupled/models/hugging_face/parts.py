@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_decoupled.models.hugging_face.anatomy import Anatomy, Stub, outside, set_module, skeleton
+from ds_decoupled.models.hugging_face.anatomy import Anatomy, outside, skeleton
 from ds_decoupled.models.hugging_face.conversion import Conversion
+from ds_decoupled.models.hugging_face.stubs import Stub, answer, hidden_and_rest, set_module, stream_of
 
 Hidden = Tensor | tuple[Tensor, ...]
 _SIDE_INPUTS = ("attention_mask", "position_ids")
@@ -35,15 +36,15 @@ class _Reached(Exception):
 class _Exit(Stub):
     """In place of the first decoder layer: the forward pass ends here."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Reached(hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _Reached(hidden_and_rest(args, kwargs)[0])
 
 
 class _Through(Stub):
     """In place of a part whose result is not needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        x = stream_of(args, kwargs)
         # Positions are added to what the caller gives: a zero of any shape leaves it as it is.
         return torch.zeros((), device=x.device) if isinstance(self.__dict__["original"], nn.Embedding) else x
 
@@ -58,9 +59,10 @@ class _Entrance(Stub):
 class _Listener(Stub):
     """In place of one decoder layer: notes what it is given beside the hidden state."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["heard"] = (args, kwargs)
-        return (hidden,) if self.__dict__["tuples"] else hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, *rest = hidden_and_rest(args, kwargs)
+        self.__dict__["heard"] = rest
+        return answer(hidden, self.__dict__["tuples"])
 
 
 def _shell(model_class: Any, config: Any, anatomy: Anatomy, keep: tuple[str, ...], layers: list[type[Stub]]) -> Any:
@@ -136,7 +138,7 @@ class _Surroundings:
 
     def __init__(self, model_class: Any, config: Any, anatomy: Anatomy) -> None:
         self.shell = _shell(model_class, config, anatomy, (), [_Listener] * anatomy.count)
-        self.layers = list(self.shell.get_submodule(anatomy.layers))
+        self.layers = list(self.shell.get_submodule(anatomy.layers).children())
         for layer in self.layers:
             layer.__dict__["tuples"] = anatomy.tuples
         self.width = anatomy.width
@@ -161,7 +163,7 @@ class _Surroundings:
         if self.device != hidden.device:
             self.shell.to(hidden.device)
             self.device = hidden.device
-        nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
+        nothing = torch.zeros_like(hidden)  # some models write into it
         self.shell(inputs_embeds=nothing, use_cache=False, **named)
         return [layer.__dict__.pop("heard") for layer in self.layers]
 
@@ -195,7 +197,7 @@ class DecoderPart(Part):
         hidden, beside, named = _given(inputs)
         args, kwargs = _surroundings(self.conversion).of(self.index, hidden, named)
         outputs = self.layer.get_submodule(self.path)(hidden, *args, **kwargs)
-        return _beside(outputs[0] if isinstance(outputs, tuple) else outputs, beside)
+        return _beside(outputs[0] if isinstance(outputs, tuple | list) else outputs, beside)
 
 
 class HeadPart(Part):
@@ -213,8 +215,8 @@ class HeadPart(Part):
     def forward(self, inputs: Hidden) -> Tensor:
         hidden, _, _ = _given(inputs)
         entrance = self.unembedding.get_submodule(f"{self.conversion.anatomy.layers}.0")
-        entrance.__dict__["hidden"] = (hidden,) if self.conversion.anatomy.tuples else hidden
-        nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
+        entrance.__dict__["hidden"] = answer(hidden, self.conversion.anatomy.tuples)
+        nothing = torch.zeros_like(hidden)  # some models write into it
         try:
             logits: Tensor = self.unembedding(inputs_embeds=nothing, use_cache=False).logits
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.models.hugging_face.anatomy import Anatomy
+from ds_decoupled.models.hugging_face.folder import check_folder
+from ds_decoupled.models.hugging_face.names import Group, Naming
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
 
 
 class Source(Protocol):
@@ -38,49 +42,89 @@ class InMemory:
 
 
 class SafetensorsFolder:
-    """A checkpoint folder as ``save_pretrained`` writes it.
+    """A checkpoint folder as ``save_pretrained`` writes it, or as it is on the hub: with the names and layouts of files.
+
+    All that its files tell of themselves is looked at when this is made; tensors are read layer by layer.
 
     Args:
         folder: holds ``model.safetensors``, or several files and their index.
-        prefix: of the names in a model with a head; checkpoints of a model without one leave it out.
-        aliases: names that may be missing, and under which other name the same tensor is found (tied weights).
+        model: without weights.
+        anatomy: how it is cut.
+        encoder: whether by its configuration the folder holds an encoder and a decoder.
 
     Raises:
-        ConfigError: if the folder holds no safetensors.
+        ConfigError: if the folder holds no safetensors, lacks some or holds broken ones, or tensors of another model.
     """
 
-    def __init__(self, folder: Path, prefix: str, aliases: dict[str, str]) -> None:
-        self.folder, self.prefix, self.aliases = folder, prefix, aliases
-        self.files: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            with _readable(folder / INDEX):
-                self.files = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-        elif (folder / SINGLE).is_file():
-            with _opened(folder / SINGLE) as file:
-                self.files = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ConfigError("model", str(folder), f"the folder has neither {SINGLE} nor {INDEX}",
-                              "Save it with save_pretrained() of transformers, which writes safetensors.")
+    def __init__(self, folder: Path, model: Any, anatomy: Anatomy, *, encoder: bool = False) -> None:
+        self.folder, self.model = folder, model
+        self.files = _files(folder)
+        self.naming = Naming(model, self.files)
+        self.tied = _tied(model, anatomy)
+        check_folder(folder, model, anatomy, self.naming, self._headers(), encoder=encoder)
 
-    def _stored(self, name: str) -> str:
-        short = name.removeprefix(f"{self.prefix}.")
-        for candidate in (name, short, f"{self.prefix}.{name}"):
-            if candidate in self.files:
-                return candidate
-        if name in self.aliases:
-            return self._stored(self.aliases[name])
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every tensor; every file is opened."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for filename in sorted(set(self.files.values())):
+            with _opened(self.folder / filename) as file:
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                found |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        if absent := next((name for name in self.files if name not in found), None):
+            raise ConfigError("model", str(self.folder / self.files[absent]), f"it lacks {absent}, which {INDEX} says is there",
+                              "Is it whole? Get it again.")
+        return found
+
+    def _group(self, name: str) -> tuple[str, Group]:
+        for candidate in (name, *self.tied.get(name, ())):
+            if candidate in self.naming.groups:
+                return candidate, self.naming.groups[candidate]
         raise ConfigError("model", str(self.folder), f"the checkpoint has no tensor {name}",
-                          "Is it a checkpoint of this architecture? Saving it again with this version of transformers renames "
-                          "what was renamed.")
+                          f"Is it a checkpoint of {type(self.model).__name__}? Its config.json says so.")
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Open the files that hold ``names``, and read these tensors alone."""
-        stored = {name: self._stored(name) for name in names}
-        values: dict[str, Tensor] = {}
-        for filename in sorted({self.files[s] for s in stored.values()}):
+        """Open the files that hold ``names``, and read what these are made of; a buffer that may be missing may be left out."""
+        wanted = {name: self._group(name) for name in names if not self._may_miss(name)}
+        stored = {part for _, group in wanted.values() for part, _ in group.stored}
+        tensors: dict[str, Tensor] = {}
+        for filename in sorted({self.files[name] for name in stored}):
             with _opened(self.folder / filename) as file:
-                values |= {name: file.get_tensor(s) for name, s in stored.items() if self.files[s] == filename}
-        return values
+                tensors |= {name: file.get_tensor(name) for name in sorted(stored) if self.files[name] == filename}
+        made: dict[int, dict[str, Tensor]] = {}
+        for _, group in wanted.values():
+            if id(group) not in made:
+                made[id(group)] = group.convert(tensors, self.model)
+        return {name: made[id(group)][there] for name, (there, group) in wanted.items()}
+
+    def _may_miss(self, name: str) -> bool:
+        """Buffers that are computed, as old checkpoints have it."""
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
+        return (name not in self.naming.groups and name not in dict(self.model.named_parameters())
+                and any(re.search(pattern, name) for pattern in ignored))
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Which file has which tensor."""
+    if (folder / SINGLE).is_file():  # transformers takes it first, too
+        with _opened(folder / SINGLE) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    if (folder / INDEX).is_file():
+        with _readable(folder / INDEX):
+            return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+    raise ConfigError("model", str(folder), f"the folder has neither {SINGLE} nor {INDEX}",
+                      "Save it with save_pretrained() of transformers, which writes safetensors.")
+
+
+def _tied(model: Any, anatomy: Anatomy) -> dict[str, list[str]]:
+    """Names of one tensor: of these a file may have any one."""
+    pairs = list(getattr(model, "all_tied_weights_keys", {}).items())
+    if anatomy.tied:
+        pairs.append((anatomy.output_weight, anatomy.input_weight))
+    found: dict[str, list[str]] = {}
+    for one, other in pairs:
+        found.setdefault(one, []).append(other)
+        found.setdefault(other, []).append(one)
+    return found
 
 
 @contextmanager
