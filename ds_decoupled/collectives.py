@@ -49,6 +49,18 @@ def from_rank(source: int, value: T) -> T:
     return box[0]
 
 
+def averaging(group: Any) -> Callable[[torch.Tensor], None] | None:
+    """A function that averages a tensor over the ranks of ``group``, in place; None where that is None, a single rank."""
+    if group is None:
+        return None
+
+    def average(value: torch.Tensor) -> None:
+        dist.all_reduce(value, group=group)
+        value /= dist.get_world_size(group)
+
+    return average
+
+
 def first_reason(error: Exception | None, group: Any, device: torch.device) -> str | None:
     """Why the first of the ranks of ``group`` that failed did, on all of them; None where none did. A collective call.
 

@@ -37,6 +37,7 @@ from ds_decoupled.settings.blocks import STRICT, Words, read_model
 from ds_decoupled.settings.codecs import CODEC_NAMES, CodecName, CodecSettings, VectorSettings, both_ways, vectors
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.table import BLOCK
+from ds_decoupled.settings.teaching import TeachingSettings, teaching_object
 from ds_decoupled.settings.threads import PassTimes, ThreadSettings, or_auto, threads_of
 
 __all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "AuxNetSettings", "Axes", "CodecName", "CodecSettings",
@@ -199,6 +200,8 @@ class DecoupledConfig(BaseModel):
         head: what a stage's own loss is taken from: a name of :data:`ds_decoupled.nn.HEADS`, copies of the model's own
             layers, or ``"module:callable"`` (:mod:`ds_decoupled.nn.heads`); by default ``"lm"`` where stages give
             ``(N, T, width)``, ``"mlp"`` where ``(N, features)``, else ``"mlp-sr"``.
+        head_lr: the learning rate of a stage's head, as a factor of the stage's.
+        head_teaching: how heads are taught before stages learn: an object of :class:`TeachingSettings`' attributes.
         head_refresh: updates after which a shared head is brought up to date.
         transport: factor of the penalty on what residual layers add to what passes through them, part of every stage's own loss
             (:mod:`ds_decoupled.stages.transport`); 0 is none.
@@ -250,6 +253,10 @@ class DecoupledConfig(BaseModel):
         "a number of stages, at least 1 and at most all of them", "1 is greedy, 2 is overlapping.")] = None
     losses: Literal["sum", "farthest"] = "sum"
     head: str | None = None
+    head_lr: Annotated[float, Field(ge=0, allow_inf_nan=False), Words(
+        "a factor, 0 or above and finite", "Leave it out for the stage's own rate.")] = 1.0
+    head_teaching: Annotated[TeachingSettings | None, BeforeValidator(teaching_object), Words(
+        hint="Leave it out for none.")] = None
     head_refresh: Annotated[int, Field(ge=1), Words("a number of updates, at least 1", "Leave it out for 50.")] = 50
     transport: Annotated[float, Field(ge=0, allow_inf_nan=False), Words(
         "a factor, 0 (none) or above", "Leave it out for none.")] = 0.0

@@ -46,6 +46,7 @@ from ds_decoupled.stages.head_builder import build_heads
 from ds_decoupled.stages.worker import Worker
 from ds_decoupled.start_checks import check_experts, check_loss, check_reconstruct, check_sparse, check_zero
 from ds_decoupled.step_log import StepLog
+from ds_decoupled.teaching import HeadTeaching
 from ds_decoupled.watchers import AuxNetCost, Breakdown, GradientTracker, Watcher
 
 
@@ -71,6 +72,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         # Ranks that run free report what they have, and wait for no other's.
         reported_by = None if self.axes.pace == "free" else self._replicas
         self.losses = Losses(self.device, reported_by, lambda: self.module.get_additional_losses())
+        teaching = self.decoupled.head_teaching
+        self.teaching = None if teaching is None else HeadTeaching(self.passes, teaching, self.losses.add)
         self._make_workers()
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
 
@@ -99,7 +102,8 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self.network = runner_of(axes).network_class(
             grid, self.placement, rank, self.device,
             partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward, vq=block.vq.model_dump()),
-            block.timeout, self._queue(), track=block.track_gradients > 0, seed=lambda: self.seeds.base, replay=replay,
+            block.timeout, self._queue(), beside=block.track_gradients > 0 or block.head_teaching is not None,
+            seed=lambda: self.seeds.base, replay=replay,
             every_link=block.codec.every_link, memory=torch.device("cpu") if block.replay.memory == "host" else None)
         self.passes = Passes(self.network, self.stages)
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
@@ -157,7 +161,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
         """One optimizer per stage, of the client's kind or the JSON's."""
         self._make_stages()
         together(lambda: build_optimizers(self, self.stages, self._optimizers, client_optimizer, list(model_parameters),
-                                          self.lr_divisor))
+                                          self.lr_divisor, self.decoupled.head_lr))
         check_sparse(self, self.stages, self.stage_optimizers)
 
     def configure_lr_schedulers(self) -> None:

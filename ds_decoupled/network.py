@@ -20,8 +20,8 @@ from ds_decoupled.schedules import Action, Placement, Slot
 from ds_decoupled.schedules.replay import Replay
 
 #: One process group a channel, so that no message waits behind one that goes the other way; evaluation has its own, so
-#: that it may come at any time.
-_CHANNELS = ("forward", "backward", "evaluation", "exact forward", "exact backward")
+#: that it may come at any time, and so have passes beside training from which something comes down again.
+_CHANNELS = ("forward", "backward", "evaluation", "beside forward", "beside backward")
 
 #: Of these, what training goes by.
 TRAINING = _CHANNELS[:2]
@@ -36,11 +36,11 @@ _AHEAD = 8
 _HEARD = 1.0
 
 
-def _make_groups(grid: Any, track: bool, backend: str | None) -> dict[str, Any]:
+def _make_groups(grid: Any, beside: bool, backend: str | None) -> dict[str, Any]:
     """This rank's process group of every channel; every rank makes all groups, in the same order."""
     own = {}
     for ranks in grid.pipe_groups:
-        for direction in _CHANNELS if track else _CHANNELS[:3]:
+        for direction in _CHANNELS if beside else _CHANNELS[:3]:
             group = dist.new_group(ranks, backend=backend)
             if grid.global_rank in ranks:
                 own[direction] = group
@@ -77,7 +77,7 @@ class Network:
         device: where tensors live.
         codecs: how a channel's values are written: new ones at each call, for one side of one link.
         timeout: seconds that a receive may take.
-        track: whether the gradient tracker's channels are needed.
+        beside: whether there are passes beside training from which something comes down: exact gradients, heads' lessons.
         queue: messages of training that may be on their way to a neighbour before this rank waits until it takes one.
         seed: of what codecs draw by chance.
         replay: how stages replay their input; None where it streams.
@@ -96,7 +96,7 @@ class Network:
     backend: str | None = None
 
     def __init__(self, grid: Any, placement: Placement, rank: int, device: torch.device,
-                 codecs: Callable[[str], Codecs], timeout: float, queue: int, track: bool = False,
+                 codecs: Callable[[str], Codecs], timeout: float, queue: int, beside: bool = False,
                  seed: Callable[[], int] = int, replay: Replay | None = None, memory: torch.device | None = None,
                  every_link: bool = False) -> None:
         self.placement, self.rank, self.timeout, self.device = placement, rank, timeout, device
@@ -116,7 +116,7 @@ class Network:
         above = grid.stage_to_global(rank + 1) if rank < placement.ranks - 1 else None
         self.channels: dict[str, Channel] = {}
         if placement.ranks > 1:
-            for name, group in _make_groups(grid, track, self.backend).items():
+            for name, group in _make_groups(grid, beside, self.backend).items():
                 ends = (above, below) if "backward" in name else (below, above)
                 self.channels[name] = self._make_channel(name, group, *ends, queue)
                 _open(group, *ends, sends_first=rank % 2 == 0, device=buffer_device(group, device))

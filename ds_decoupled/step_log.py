@@ -39,8 +39,8 @@ class StepLog:
         if whole:
             self._slow.add(seconds)
 
-    def after_batch(self, losses: Losses, loss: Tensor) -> None:
-        """A call has made its update. While the pipeline fills it has no loss, and none is told."""
+    def after_batch(self, losses: Losses, loss: Tensor, what: str = "") -> None:
+        """A call has made its update. While the pipeline fills it has no loss, and none is told; ``what`` else it did is."""
         engine = self.engine
         engine.global_steps += 1
         engine.global_samples += engine.train_batch_size()
@@ -58,6 +58,6 @@ class StepLog:
             rate = engine.train_batch_size() * engine.global_steps / self.seconds
             shown = {"loss": loss, **(losses.additional or {})} if losses else {}
             told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
-            print(f"steps: {engine.global_steps} {told} samples/sec: {rate:0.3f}", flush=True)
+            print(f"steps: {engine.global_steps} {what}{told} samples/sec: {rate:0.3f}", flush=True)
         if self.breakdown is not None:
             print(self.breakdown.line(engine.global_steps), flush=True)

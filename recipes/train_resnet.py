@@ -162,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
         layers,
         loss_fn=nn.CrossEntropyLoss(),
         seed=args.seed,
-        schedule=lr_schedule(args.schedule or "cosine", ends[-1], round(warmup_epochs * per_epoch / k), steps),
+        schedule=lr_schedule(args.schedule or "cosine", setup.learning(ends[-1]), round(warmup_epochs * per_epoch / k), steps),
         sample_input=sample,
     )
 

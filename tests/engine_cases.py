@@ -7,7 +7,7 @@ from typing import Any
 
 import odd_layers  # noqa: F401  (its nets join NETS)
 import torch
-from nets import NETS, batches, token_batches, varied
+from nets import NETS, TEXT, batches, token_batches, varied
 from torch import nn
 
 import ds_decoupled
@@ -36,8 +36,8 @@ def build(case: dict[str, Any]) -> Any:
     model = ds_decoupled.DecoupledPipelineModule(
         NETS[case.get("net", "reversible")](**case.get("net_args", {})), num_stages=case.get("pipe_ranks"), config=config,
         base_seed=1234 + case.get("seed", 0),
-        loss_fn=next_token_loss if case.get("net") == "gpt" else nn.CrossEntropyLoss(),
-        sample_input=None if case.get("no_sample") or case.get("net") == "gpt" else torch.randn(4, 2, 8, 8))
+        loss_fn=next_token_loss if case.get("net") in TEXT else nn.CrossEntropyLoss(),
+        sample_input=None if case.get("no_sample") or case.get("net") in TEXT else torch.randn(4, 2, 8, 8))
     decay = case.get("decay", 1.0)
     scheduler = (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)) if decay != 1.0 else None
     engine, *_ = ds_decoupled.initialize(model=model, config=config, lr_scheduler=scheduler,
@@ -64,7 +64,7 @@ def data_of(case: dict[str, Any], engine: Any) -> Any:
     """An iterator on the first stage's ranks (DeepSpeed's own engine wants one on the last stage's too), None elsewhere."""
     if not engine.is_first_stage() and (hasattr(engine, "stages") or not engine.is_last_stage()):
         return None
-    if case.get("net") == "gpt":
+    if case.get("net") in TEXT:
         made = token_batches(case["batches"], case.get("size", 4))
     else:
         replica, replicas = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()

@@ -9,7 +9,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from ds_decoupled.models import GPTConfig, build_gpt
+from ds_decoupled.models import GPTConfig, build_gpt, from_hugging_face
 from ds_decoupled.nn import ReversibleCoupling, mark_block
 
 CLASSES = 3
@@ -183,6 +183,20 @@ def gpt_net(reversible: bool = True, dropout: float = 0.0) -> list[Any]:
 NETS["gpt"] = gpt_net
 
 
+def llama_net(blocks: int = 6) -> list[Any]:
+    """A Llama of ``transformers``, as a pretrained one is given: embedding, blocks, and a readout with weights of its own."""
+    from tiny_lm import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return from_hugging_face(AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=blocks, vocab_size=11)).eval())
+
+
+NETS["llama"] = llama_net
+TEXT = ("gpt", "llama")
+
+
 def token_batches(count: int, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """``count`` micro-batches of ids and next ids, ``(size, 6)``."""
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +206,7 @@ def token_batches(count: int, size: int = 4, seed: int = 0) -> list[tuple[Tensor
 
 def batches_for(net: str, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
     """Micro-batches that the net takes."""
-    return (token_batches if net == "gpt" else batches)(*args, **kwargs)
+    return (token_batches if net in TEXT else batches)(*args, **kwargs)
 
 
 def varied(made: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

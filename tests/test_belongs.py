@@ -23,7 +23,8 @@ OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
     "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
     "clock": {"seed": 1}, "threads": {"backward": 3}, "pass_times": {"forward": [2.0, 1.0]},
-    "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10,
+    "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10, "head_lr": 2.0,
+    "head_teaching": {"updates": 5},
     "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
     "stage_schedulers": [None, None],
     "stop_after": [None, 1], "codec": "bf16", "vq": {"group": 4}, "split_backward": True, "compile": True, "lr_by_delay": 10,
@@ -53,6 +54,8 @@ slow_down           x         x          x        x     x    x    x       x     
 window              x         x          x        x     x    x    .       .          x        x          x                x
 losses              x         x          x        x     x    x    .       .          .        x          x                x
 head                x         x          x        x     x    x    .       .          .        x          x                x
+head_lr             x         x          x        x     x    x    .       .          .        x          x                x
+head_teaching       x         x          x        x     x    x    .       .          x        x          x                x
 head_refresh        x         x          x        x     x    x    .       .          x        x          x                x
 transport           x         x          x        x     x    x    .       .          .        x          x                x
 ensemble            x         x          x        x     x    x    .       .          .        x          x                x

@@ -99,6 +99,16 @@ def test_a_chain() -> None:
     torch.testing.assert_close(run(build(from_hugging_face(model)), IDS), model(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("vocabulary", [2, 13, 23])
+def test_small_vocabularies(vocabulary: int) -> None:
+    """The stand-ins' two texts are as long as each other, however few tokens there are."""
+    config = AutoConfig.for_model("llama", vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                                  num_attention_heads=1, bos_token_id=0, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(0, vocabulary, (1, 5))
+    torch.testing.assert_close(run(build(from_hugging_face(model)), ids), model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("kind, words", [
     (ReadsTheEmbedding, "layers.0: .*depends on the token ids or their embedding"),
     (ReadsAnEarlierLayer, "layers.2: .*depends on what earlier layers give"),

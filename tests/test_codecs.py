@@ -284,7 +284,8 @@ def test_parts_of_a_message(forward: str, backward: str) -> None:
             assert torch.equal(came.parts[2], message.parts[2])
             payload = [CODECS[backward].nbytes(g.shape, g.dtype)] * 2 + [CODECS[forward].nbytes(y.shape, y.dtype), 4]
         assert packed.nbytes == wire.HEADER_BYTES + sum(math.ceil(nbytes / 64) * 64 for nbytes in payload)
-    assert not any(codecs_of(channel, forward, backward).parts for channel in ("evaluation", "exact forward", "exact backward"))
+    others = ("evaluation", "beside forward", "beside backward")
+    assert not any(codecs_of(channel, forward, backward).parts for channel in others)
 
 
 @pytest.mark.parametrize("name", SCALED)

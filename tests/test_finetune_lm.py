@@ -69,6 +69,26 @@ def test_local_losses(method: str, head: str, options: list[str], tmp_path: Path
     assert validation_loss(tuned, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
 
 
+def test_taught_heads(tmp_path: Path, text: Path) -> None:
+    """Heads are taught first, as part of the run; the stages' schedule begins behind; a run that was cut off there goes on."""
+    model, saved = save_tiny(tmp_path / "llama", num_hidden_layers=6), tmp_path / "saved"
+    teaching = {"updates": 6, "lr": 3e-3, "target": "model"}
+    config = config_file(tmp_path, "overlapping", stages=3, losses="farthest", head="lens:1", head_lr=4.0,
+                         head_teaching=teaching)
+    arguments = ("--deepspeed_config", config, "--model", model, "--data", text, *SHORT, "--sample", "0")
+    whole = run("finetune_lm", tmp_path, *arguments, "--save_checkpoint", saved, "--save_every", "1", ranks=2)
+    first, taught, *_, last = whole["curves"]["validation_loss"]
+    assert taught == first > last + 0.3 and whole["updates"] == [6, 6, 6]
+    told = whole["head_teaching"]
+    assert told["updates"] == 6 and told["samples"] == 48 and list(told["losses"]) == ["1"] and told["bytes_sent"] > 0
+    assert told["losses"]["1"][-1] < told["losses"]["1"][0]
+    (saved / "latest").write_text("update4")
+    resumed = run("finetune_lm", tmp_path, *arguments, "--resume", saved)
+    assert resumed["curves"]["validation_loss"] == pytest.approx(whole["curves"]["validation_loss"], rel=1e-6)
+    with pytest.raises(worlds.RankFailed, match="decoupled.head_teaching.updates.*the run has 6 updates"):
+        run("finetune_lm", tmp_path, *arguments, "--micro_batches", "12", "--evaluations", "1")
+
+
 @pytest.mark.parametrize("adapters_only, ranks", [(False, 1), (True, 2)])
 def test_adapters(adapters_only: bool, ranks: int, tmp_path: Path, text: Path) -> None:
     from peft import PeftModel

@@ -19,7 +19,7 @@ from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
 from ds_decoupled.optim import client_from_json, lr_divisor
-from ds_decoupled.optim.lr_by_delay import divided_lr
+from ds_decoupled.optim.groups import scaled_lr
 
 MUON: dict[str, Any] = {"type": "Muon", "params": {"lr": 1e-3, "muon_lr": 2e-3, "torch_adam": True, "weight_decay": 0.01}}
 NADAM: dict[str, Any] = {"type": "torch.optim.NAdam", "params": {"lr": 0.01, "betas": [0.9, 0.99]}}
@@ -155,7 +155,7 @@ def test_damping_fades() -> None:
 def test_a_scheduler_finds_its_own_rates() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [parameter], "lr": 0.5}], lr=0.1)
-    with pytest.raises(RuntimeError, match="inside"), divided_lr(optimizer.param_groups, 4.0):
+    with pytest.raises(RuntimeError, match="inside"), scaled_lr(optimizer.param_groups, 4.0):
         assert optimizer.param_groups[0]["lr"] == 0.125
         raise RuntimeError("inside")
     assert optimizer.param_groups[0]["lr"] == 0.5

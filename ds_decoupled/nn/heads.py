@@ -14,7 +14,8 @@ For images, with C channels at H × H (decoupled greedy learning, arXiv 2106.064
 For language models ``lm``: RMSNorm and an unembedding; ``reconstruct`` asks for the stage's input back
 (:mod:`ds_decoupled.nn.reconstruction`). For any model ``last-layer``: a copy of the model's own last layer, with the weights
 that this starts from; ``last-layers:3``: of the last three, so that extra blocks stand before an unembedding; ``auglocal``: of
-a few layers picked evenly from those above the stage, and of the last one (:mod:`ds_decoupled.nn.auglocal`).
+a few layers picked evenly from those above the stage, and of the last one (:mod:`ds_decoupled.nn.auglocal`); ``lens``: a
+translator, such copies, and the last layer as it is (:mod:`ds_decoupled.nn.lens`).
 
 Where a stage gives two streams (a reversible one), a head sees their sum; where it gives ``(hidden, mask, ...)``, the hidden
 state. A copy of the last layer sees all that the stage gives.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.auglocal import AUGLOCAL
+from ds_decoupled.nn.lens import LENS
 from ds_decoupled.nn.reconstruction import RECONSTRUCT, reconstruction
 
 HeadBuilder = Callable[[torch.Size, int], nn.Module]
@@ -153,7 +155,7 @@ def shared_blocks(name: str | HeadBuilder | None) -> int | None:
 
 
 class SharedReadout(nn.Module):
-    """A read-only copy of a layer: it passes gradients on and learns nothing, and it is refreshed from time to time."""
+    """A read-only copy of a layer: it passes gradients on and learns nothing; that of shared heads is refreshed."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -186,6 +188,14 @@ class StageHead(nn.Module):
     def forward(self, outputs: Tensor | Sequence[Tensor]) -> Tensor:
         logits: Tensor = self.head(outputs if self.takes_all else one_tensor(outputs))
         return logits
+
+    @property
+    def readout(self) -> SharedReadout:
+        """The read-only layer that it ends in. Raises TypeError where it ends in another."""
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else None
+        if not isinstance(last, SharedReadout):
+            raise TypeError("this head ends in no read-only copy of the model's last layer")
+        return last
 
 
 def one_tensor(outputs: Tensor | Sequence[Tensor]) -> Tensor:
@@ -226,7 +236,8 @@ def _find(name: str) -> HeadBuilder:
         return HEADS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ConfigError("decoupled.head", name, f"heads are {', '.join(map(repr, (*HEADS, LAST_LAYER, SHARED, AUGLOCAL)))}",
+        named = ", ".join(map(repr, (*HEADS, LAST_LAYER, SHARED, AUGLOCAL, LENS)))
+        raise ConfigError("decoupled.head", name, f"heads are {named}",
                           "A head of your own is named 'module:callable'.")
     try:
         found: HeadBuilder = getattr(importlib.import_module(module), attribute)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from deepspeed.runtime.config import MUON_OPTIMIZER
 from torch import nn
 from torch.optim import Optimizer
 
 from ds_decoupled.compat import PipelineEngineBase
+from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim.client import ClientOptimizer
 from ds_decoupled.optim.groups import groups_with_heads
 from ds_decoupled.optim.stage_optimizer import StageOptimizer, StageOptimizers, restrict
@@ -29,7 +31,7 @@ class Trained(Protocol):
 
 
 def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], optimizers: StageOptimizers, client: Any,
-                     parameters: list[Any], divisor: Divisor) -> None:
+                     parameters: list[Any], divisor: Divisor, head_lr: float = 1.0) -> None:
     """One optimizer for each stage.
 
     Args:
@@ -39,7 +41,15 @@ def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], 
         client: the user's instance or callable; None for the JSON's.
         parameters: to train, or groups of them; an instance has its own.
         divisor: of the stages' rates.
+        head_lr: heads' rates, as a factor of their stages'.
+
+    Raises:
+        ConfigError: for ``head_lr`` where heads have no groups of their own.
     """
+    if head_lr != 1 and (isinstance(client, Optimizer) or engine.optimizer_name() == MUON_OPTIMIZER and client is None):
+        which = "the optimizer that was given" if isinstance(client, Optimizer) else "DeepSpeed's Muon"
+        raise ConfigError("decoupled.head_lr", head_lr, f"heads join the groups of {which}, and have their rates",
+                          "Leave it out, or take an optimizer of the JSON such as AdamW.")
     for index, stage in stages.items():  # DeepSpeed's bf16 asks every parameter for its name
         engine.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(stage.head_parameters)})
     if isinstance(client, Optimizer):
@@ -49,7 +59,7 @@ def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], 
     for index, stage in stages.items():
         optimizer = basic = None
         if optimizers.client is None:
-            own = groups_with_heads(restrict(parameters, stage.trainable), stage.head_parameters)
+            own = groups_with_heads(restrict(parameters, stage.trainable), stage.head_parameters, head_lr)
             if own:
                 optimizer, basic = engine.build_optimizer(client, own)
         # A stage of which the user's instance has no parameter does not learn.

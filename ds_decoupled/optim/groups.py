@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,13 +79,41 @@ class GroupsView(torch.optim.Optimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter]) -> list[Any]:
+HEAD_LR = "head_lr"
+"""Of a group that is a head's: its rate as a factor of the stage's."""
+
+
+def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter], factor: float = 1.0) -> list[Any]:
     """A stage's parameters (or groups) for its optimizer, with the head's: where there are groups, a head's biases and norms
-    do not decay."""
+    do not decay.
+
+    Args:
+        own, head: of the stage and of its head.
+        factor: the head's rate as one of the stage's; other than 1 it makes groups.
+    """
     if not head:
         return list(own)
-    if not any(isinstance(item, Mapping) for item in own) and own:
+    grouped = any(isinstance(item, Mapping) for item in own) or not own
+    if not grouped and factor == 1:
         return [*own, *head]
+    marked = {} if factor == 1 else {HEAD_LR: factor}
+    if not grouped:
+        return [{"params": list(own)}, {"params": list(head), **marked}]
     flat = [p for p in head if p.ndim <= 1]
     grown = [p for p in head if p.ndim > 1]
-    return [*own, *([{"params": grown}] if grown else []), *([{"params": flat, "weight_decay": 0.0}] if flat else [])]
+    return [*own, *([{"params": grown, **marked}] if grown else []),
+            *([{"params": flat, "weight_decay": 0.0, **marked}] if flat else [])]
+
+
+@contextmanager
+def scaled_lr(groups: Sequence[Group], divisor: float) -> Iterator[None]:
+    """Within, the groups' rates are divided, and heads' times their factor; behind, a scheduler finds what it left."""
+    scheduled = [group["lr"] for group in groups]
+    try:
+        for group, lr in zip(groups, scheduled):
+            if divisor != 1 or HEAD_LR in group:
+                group["lr"] = lr * group.get(HEAD_LR, 1.0) / divisor
+        yield
+    finally:
+        for group, lr in zip(groups, scheduled):
+            group["lr"] = lr

@@ -9,10 +9,6 @@ tau is the stage's delay in updates (at least 1), K the updates over which the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
 
 def lr_divisor(delay: float, updates: int, fade: int) -> float:
     """What a stage's scheduled rate is divided by.
@@ -28,17 +24,3 @@ def lr_divisor(delay: float, updates: int, fade: int) -> float:
     if updates >= fade:
         return 1.0
     return float(max(delay, 1.0) ** (1 - updates / fade))
-
-
-@contextmanager
-def divided_lr(groups: Sequence[dict[str, Any]], divisor: float) -> Iterator[None]:
-    """Within, the groups' rates are divided; behind, a scheduler finds what it left."""
-    scheduled = [group["lr"] for group in groups]
-    try:
-        if divisor != 1:
-            for group, lr in zip(groups, scheduled):
-                group["lr"] = lr / divisor
-        yield
-    finally:
-        for group, lr in zip(groups, scheduled):
-            group["lr"] = lr

@@ -13,8 +13,7 @@ from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim import sparse, wrapped
 from ds_decoupled.optim.client import ClientOptimizer
-from ds_decoupled.optim.groups import Group, GroupsView
-from ds_decoupled.optim.lr_by_delay import divided_lr
+from ds_decoupled.optim.groups import Group, GroupsView, scaled_lr
 from ds_decoupled.optim.scheduler import advance, bound_copy, check_scheduler, show
 
 
@@ -56,7 +55,7 @@ class StageOptimizer:
         rows = [p for p in self.parameters if p.grad is not None and p.grad.is_sparse]
         if rows and self.engine.is_data_parallel:
             sparse.average(rows, self.engine.mpu.get_data_parallel_group())
-        with divided_lr(self.basic_optimizer.param_groups, divisor):
+        with scaled_lr(self.basic_optimizer.param_groups, divisor):
             clip = sparse.clip if rows else None
             self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip)
         self.stepped()

@@ -88,6 +88,10 @@ SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"he
 #: The object of the codec, which is read before.
 VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq", '"codec": {"forward": "vq"}',
                unmet="another codec forward")
+LENS = Need("head", lambda head: str(head).partition(":")[0] == "lens", '"head": "lens"')
+#: Heads that can be taught alone.
+TAUGHT = Need("head", lambda head: str(head).partition(":")[0] not in ("shared", "reconstruct"),
+              'a "head" other than "shared" or "reconstruct"')
 VOTES = Need("head", lambda head: head != "reconstruct", 'a "head" other than "reconstruct"')
 WHOLE = Need("split_backward", lambda split: not split, '"split_backward": false')
 
@@ -188,6 +192,12 @@ ROWS: tuple[Row, ...] = (
     _local("window"), _local("losses"), _local("head"), _local("head_refresh"), _local("transport"), _local("ensemble"),
     Row("input_shape", (SHAPED,), "nothing is built from shapes", LEAVE_LOCAL),
     _local("stop_after", "a stage that stops would leave those below it without gradients"),
+    _local("head_lr"), _local("head_teaching"),
+    Row("head_teaching", (STREAM,), "stages wait for no other from the first micro-batch on", 'Leave it out, or "input".'),
+    Row("head_teaching", (TAUGHT,), "no head is there that could be taught alone", "Leave it out, or take another head."),
+    Row("head_teaching", (LENS,), "no head ends in the model's own last layer, which tells what the model says",
+        'Take "head": "lens", or "target": "labels".', lambda teaching: teaching is not None and teaching.target == "model",
+        '"target": "model"'),
     Row("head", (axis("pace", "ticks", "clock"),), "all ranks would have to wait for the one that refreshes it",
         'Take another head, or "pace": "clock".', lambda head: str(head).partition(":")[0] == "shared", '"shared"'),
     Row("head_refresh", (SHARED,), "there is nothing to bring up to date", 'Leave it out, or take "head": "shared".'),

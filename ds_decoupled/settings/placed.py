@@ -26,6 +26,10 @@ def check_local(config: DecoupledConfig, placement: Placement) -> None:
         if value is not None and len(value) != stages:
             raise ConfigError(f"{BLOCK}.{name}", value, f"one value for each of the {stages} stages",
                               f"Give a list of {stages}, or leave it out.")
+    if config.head_teaching is not None and (axes.window if config.losses == "farthest" else 1) >= stages:
+        given = config.head_teaching.model_dump(exclude_defaults=True)
+        raise ConfigError(f"{BLOCK}.head_teaching", given, "no stage has a head: all learn from the last one's loss",
+                          "Take more stages, or leave it out.")
     if axes.layerwise and placement.ranks > 1:
         raise ConfigError(f"{BLOCK}.update", axes.update, "forward and backward threads share the whole model, and here it "
                           f"lies on {placement.ranks} pipe ranks", 'Build the module with num_stages=1, or take "method": '

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from ds_decoupled.collectives import gather, together
+from ds_decoupled.collectives import averaging, gather, together
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.nn.adjoint import Adjoint
 from ds_decoupled.nn.auxnet import build_step, check_step, multiply_adds, never_negative, own_step
@@ -42,7 +41,7 @@ def build_auxnet(stages: Mapping[int, Stage], passes: Passes, module: Any, confi
     if not any(gather(len(own))):
         return
     shapes = shapes_of(stages, passes, module, config.input_shape, micro_batch, dtype, seeds.device)
-    average = None if replicas is None else _averaging(replicas)
+    average = averaging(replicas)
 
     with torch.no_grad(), as_in_evaluation(stages.values()):
         layers = {index: multiply_adds(stage.plain_forward, 0, shapes.taken[index]) for index, stage in own.items()}
@@ -88,11 +87,3 @@ def _make_step(stage: AuxiliaryStage, inputs: Tensors, outputs: Tensors, config:
     for part, _ in parts:
         part.train()
     stage.step, stage.adjoint = step, parts[1][0] if len(parts) > 1 else None
-
-
-def _averaging(group: Any) -> Any:
-    def average(value: Tensor) -> None:
-        dist.all_reduce(value, group=group)
-        value /= dist.get_world_size(group)
-
-    return average

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import logger
 from torch import nn
 
-from ds_decoupled.collectives import gather, together
+from ds_decoupled.collectives import averaging, gather, together
 from ds_decoupled.compat import layer_specs
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.links.vector import VectorCodec, check_vectors
 from ds_decoupled.nn.heads import SharedReadout, shared_blocks
+from ds_decoupled.nn.lens import lens_depth
 from ds_decoupled.nn.reconstruction import RECONSTRUCT
 from ds_decoupled.passes import Passes
 from ds_decoupled.stages.heads import WholeModel, make_head, make_readout
+from ds_decoupled.stages.lesson import Lesson
 from ds_decoupled.stages.local import LocalStage
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.sample import shapes_of
@@ -26,7 +29,7 @@ from ds_decoupled.tensors import Tensors, as_tuple
 
 
 class ReadoutRefresh:
-    """Keeps the ranks' copies of the model's last layer, which shared heads end in, up to date.
+    """Brings the ranks' copies of the model's last layer, which shared heads and lenses end in, up to date.
 
     Args:
         readout: this rank's copy.
@@ -89,7 +92,8 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
 
     def make() -> SharedReadout | None:
         _check_codec(given, stages, config, micro_batch)
-        readout = make_readout(specs, like, seeds.device) if shared_blocks(config.head) is not None else None
+        ends_in_readout = shared_blocks(config.head) is not None or lens_depth(config.head) is not None
+        readout = make_readout(specs, like, seeds.device) if ends_in_readout else None
         for index, stage in local.items():
             if stage.has_loss and not stage.is_last:
                 with stage.autocast.forward():
@@ -100,11 +104,30 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
         return readout
 
     readout = together(make)
+    _tell_size(local, stages)
     _give_losses(local, module.loss_fn)
+    if config.head_teaching is not None:
+        for stage in local.values():
+            stage.lesson = Lesson(config.head_teaching, stage.head_parameters, averaging(passes.network.replicas))
     if readout is None:
         return []
     source = module.forward_funcs[-1] if any(stage.is_last for stage in local.values()) else None
-    return [ReadoutRefresh(readout, source, config.head_refresh, grid)]
+    refresh = ReadoutRefresh(readout, source, config.head_refresh, grid)
+    if lens_depth(config.head) is not None:
+        refresh.before_call(0)  # the model's as it begins; it stays as it is
+        return []
+    return [refresh]
+
+
+def _tell_size(local: Mapping[int, LocalStage], stages: Mapping[int, Stage]) -> None:
+    """Warn where more weights of heads learn than the model has, as in copies of a large unembedding. A collective call."""
+    own = sum(p.numel() for stage in local.values() for p in stage.head_parameters)
+    of_stages = sum(p.numel() for stage in stages.values() for p in stage.parameters)
+    heads, model = (sum(counts) for counts in zip(*gather((own, of_stages))))
+    if heads > model and any(stage.is_last for stage in local.values()):
+        logger.warning('the heads of %d stages have %.3g weights that learn, the whole model has %.3g: fewer stages, or '
+                       '"head": "lens", whose readout is one for all and read-only, would take less',
+                       local[max(local)].shared.stages, heads, model)
 
 
 def _check_codec(given: Mapping[int, Tensors], stages: Mapping[int, Stage], config: DecoupledConfig, micro_batch: int) -> None:

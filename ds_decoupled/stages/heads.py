@@ -21,6 +21,7 @@ from ds_decoupled.nn.heads import (
     copied_layers,
     shared_blocks,
 )
+from ds_decoupled.nn.lens import LENS, Translator, lens_depth
 from ds_decoupled.stages.compiled import plain_copy
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Form, Tensors, as_tuple
@@ -54,20 +55,25 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         like: a parameter whose type it takes.
         device: where it lives.
         model: the whole of it.
-        readout: this rank's, for a shared head (by default one of its own).
+        readout: this rank's, for heads that end in a read-only one (by default one of its own).
 
     Raises:
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
     chosen = name if name is not None else {2: "mlp", 3: "lm"}.get(as_tuple(outputs)[0].dim(), "mlp-sr")
-    copied, blocks, depth = copied_layers(chosen), shared_blocks(chosen), auglocal_depth(chosen)
+    copied, blocks, depth, lens = copied_layers(chosen), shared_blocks(chosen), auglocal_depth(chosen), lens_depth(chosen)
     layers = model.layers
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
         if blocks is not None:
             own = [_copy_of(layer, chosen) for layer in _last(layers, blocks + 1, chosen)[:-1]]
             head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
         elif depth is not None:
-            head = StageHead(nn.Sequential(*_own_layers(model, stage, depth)), takes_all=True)
+            falling = depth_of(stage, len(model.bounds) - 1, depth)
+            own = [*_picked_layers(model, stage, falling, AUGLOCAL), _copy_of(layers[-1], AUGLOCAL)]
+            head = StageHead(nn.Sequential(*own), takes_all=True)
+        elif lens is not None:
+            own = [Translator(outputs), *(_picked_layers(model, stage, lens, LENS) if lens else ())]
+            head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
         elif copied:
             copies = [_copy_of(layer, chosen) for layer in _last(layers, copied, chosen)]
             head = StageHead(nn.Sequential(*copies) if copied > 1 else copies[0], takes_all=True)
@@ -103,13 +109,12 @@ def _last(layers: Sequence[Any], count: int, name: Any) -> Sequence[Any]:
     return layers[-count:]
 
 
-def _own_layers(model: WholeModel, stage: int, most: int) -> list[nn.Module]:
-    """Copies of the layers that AugLocal's rule picks for ``stage``, and of the model's last one."""
-    body, last = model.layers[:-1], _copy_of(model.layers[-1], AUGLOCAL)
+def _picked_layers(model: WholeModel, stage: int, depth: int, name: str) -> list[nn.Module]:
+    """Copies of so many layers below the model's last one, those that AugLocal's rule picks for ``stage``."""
+    body = model.layers[:-1]
     changes = [before != after for before, after in zip((None, *model.forms), model.forms[:-1])]
-    which = picked([_kind(layer) for layer in body], changes, model.bounds[stage + 1],
-                   depth_of(stage, len(model.bounds) - 1, most))
-    return [*(_between(body[index]) for index in which), last]
+    which = picked([_kind(layer) for layer in body], changes, model.bounds[stage + 1], depth)
+    return [_between(body[index], name) for index in which]
 
 
 def _kind(layer: Any) -> object:
@@ -130,10 +135,10 @@ class _Function(nn.Module):
         return self.function(x)
 
 
-def _between(layer: Any) -> nn.Module:
+def _between(layer: Any, name: str) -> nn.Module:
     """A copy of a layer that need not have weights."""
     if isinstance(layer, LayerSpec):
-        return _copy_of(layer, AUGLOCAL)
+        return _copy_of(layer, name)
     return plain_copy(layer) if isinstance(layer, nn.Module) else _Function(layer)
 
 

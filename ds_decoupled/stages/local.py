@@ -36,6 +36,7 @@ from ds_decoupled.nn.heads import StageHead, one_tensor
 from ds_decoupled.nn.reconstruction import reconstruction_loss
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.graph import GraphSegment
+from ds_decoupled.stages.lesson import Lesson, divergence
 from ds_decoupled.stages.means import Means
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.stage import Stage
@@ -67,6 +68,7 @@ class LocalStage(Stage):
         above: stages above this one.
         own_loss: the stage's copy of a ``loss_fn`` that has a state; it learns with the head.
         transport: the penalty that is part of its own loss, and goes wherever that goes; None for none.
+        lesson: of the head, before the stage learns; None where heads are not taught.
     """
 
     handlers = {**Stage.handlers, Kind.HEAD: "on_head", Kind.RELAY: "on_relay"}
@@ -77,6 +79,7 @@ class LocalStage(Stage):
         self.above = self.shared.stages - 1 - self.index
         self.head: StageHead | None = None
         self.own_loss: nn.Module | None = None
+        self.lesson: Lesson | None = None
         self.transport = Transport(self.shared.transport) if self.shared.transport else None
         self._entry: Tensor | None = None
         if not self.is_last:
@@ -262,6 +265,26 @@ class LocalStage(Stage):
         self.head.train(training)
         return [votes]
 
+    # -- before it learns ------------------------------------------------------------------------------------------------
+
+    def says(self, stream: Tensors) -> Tensor:
+        """What the model says of its last layer's input: log-probabilities ``(..., classes)``, by the head's own readout."""
+        assert self.head is not None
+        with torch.no_grad(), self.autocast.forward():
+            return self.head.readout(stream).float().log_softmax(-1)
+
+    def teach(self, micro_batch: int, outputs: Tensors, labels: Any, said: Tensor | None) -> Tensor:
+        """Add the gradients of its head alone: of its distance to what is said, or of the loss. Returns that."""
+        with self.seeds.scope(), torch.enable_grad():
+            self.seeds.set(_HEAD_SEED + self.index, micro_batch)
+            logits = self._logits(detach(outputs))
+            loss = super().loss(logits, labels) if said is None else divergence(logits, said)
+        parameters = self.head_parameters
+        found = torch.autograd.grad(loss * self.scale if self.scale != 1 else loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, found):
+            parameter.grad = _added(parameter.grad, grad)
+        return loss.detach()
+
     # -- what it reports --------------------------------------------------------------------------------------------------
 
     def take_metrics(self) -> dict[str, float]:
@@ -278,7 +301,8 @@ class LocalStage(Stage):
         waiting = {m: (w.grads, w.head_grads) for m, w in self._waiting.items()}
         return {**super().state_dict(), "waiting": waiting, "stopped": self.stopped,
                 "head": None if self.head is None else self.head.state_dict(),
-                "loss_fn": None if self.own_loss is None else self.own_loss.state_dict()}
+                "loss_fn": None if self.own_loss is None else self.own_loss.state_dict(),
+                "lesson": None if self.lesson is None else self.lesson.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -292,6 +316,8 @@ class LocalStage(Stage):
             self.head.load_state_dict(state["head"])
         if self.own_loss is not None:
             self.own_loss.load_state_dict(state["loss_fn"])
+        if self.lesson is not None:
+            self.lesson.load_state_dict(state.get("lesson"))
         self.take_metrics()
         if state["stopped"]:
             self.stop()

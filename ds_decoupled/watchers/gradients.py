@@ -120,8 +120,8 @@ class GradientTracker(Watcher):
             ends.append((stage, inputs, outputs))
             return detach(outputs)
 
-        self.passes.expect("exact forward", 1, micro_batch)
-        _, (labels, *_) = self.passes.forward("exact forward", micro_batch, lambda: self._batches.pop(micro_batch), through)
+        self.passes.expect("beside forward", 1, micro_batch)
+        _, (labels, *_) = self.passes.forward("beside forward", micro_batch, lambda: self._batches.pop(micro_batch), through)
         stage, inputs, outputs = ends[-1]
         if stage.is_last:
             with torch.enable_grad():
@@ -129,11 +129,11 @@ class GradientTracker(Watcher):
             ends[-1] = (stage, inputs, loss)
             grads: Gradients = (torch.ones_like(loss),)
         else:
-            grads = self.passes.take_back("exact backward", micro_batch)
+            grads = self.passes.take_back("beside backward", micro_batch)
         exact: dict[int, list[Tensor | None]] = {}
         for stage, inputs, outputs in reversed(ends):
             exact[stage.index], grads = _gradients(stage.trainable, inputs, outputs, grads)
-        self.passes.hand_back("exact backward", micro_batch, grads)
+        self.passes.hand_back("beside backward", micro_batch, grads)
         return exact
 
 

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
     if args.evaluations is not None and args.evaluations > updates:
         raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
+    learning = setup.learning(updates)
 
     corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
     loader: Any = None if corpus is None else corpus.loader(micro_batch, sequence, seed=args.seed, replica=setup.replica,
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     set_peak_lr(setup.config, args.lr, rule=lr)
     warmup = WARMUP if args.warmup is None else args.warmup
     engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
-                          schedule=lr_schedule("cosine", updates, round(warmup * updates)),
+                          schedule=lr_schedule("cosine", learning, round(warmup * learning)),
                           sample_input=torch.zeros(micro_batch, sequence, dtype=torch.long))
 
     def test() -> float:

@@ -81,6 +81,20 @@ class Setup:
         """Samples of one update, over all replicas."""
         return self.micro_batch * self.k * self.replicas
 
+    def learning(self, updates: int) -> int:
+        """The updates that stages make in a run of so many: in the first ones heads alone may be taught.
+
+        Raises:
+            ConfigError: if none is left.
+        """
+        block = parse_block(self.config)
+        teaching = None if block is None else block.head_teaching
+        taught = 0 if teaching is None else teaching.updates
+        if taught and updates <= taught:
+            raise ConfigError("decoupled.head_teaching.updates", taught, f"the run has {updates} updates, and in none of them "
+                              "a stage would learn", "Train for longer, or teach for shorter.")
+        return updates - taught
+
     @property
     def counted_in(self) -> dict[str, int]:
         """Units that a run's progress is counted in: a checkpoint goes on with the same ones."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from ds_decoupled.settings.auxnet import AuxNetSettings
 from run.curves import plot_curves
 from run.tables import table
 from studies.auxnet_settings import AuxNetSetting
@@ -67,24 +68,25 @@ def draw(runs: Runs, name: str, path: Path) -> bool:
     """Accuracy and mismatch against the setting ``name``, where runs differ in it; returns whether they do."""
     found = _alike(runs)
     axes: dict[str, dict[str, list[tuple[float, float]]]] = {"test accuracy, %": {}, "mismatch of the last pair": {}}
-    lines: dict[str, list[tuple[float, Mapping[str, Any], list[Mapping[str, Any]]]]] = defaultdict(list)
+    lines: dict[str, list[tuple[float, list[Mapping[str, Any]]]]] = defaultdict(list)
+    defaults = AuxNetSettings().model_dump()
     for (method, stages, auxnet, serial), alike in found.items():
         settings = json.loads(auxnet)
-        if name in settings:
+        if method != "backprop":
             others = ", ".join([*(f"{key} {value:g}" for key, value in settings.items() if key != name),
                                 *([f"{serial} epochs serial"] if serial else [])])
             lines[f"{method.removeprefix('auxnet_')}, K = {stages}" + (f" ({others})" if others else "")].append(
-                (settings[name], settings, alike))
+                (settings.get(name, defaults[name]), alike))
     lines = {line: points for line, points in lines.items() if len(points) > 1}
     if not lines:
         return False
     for line, points in lines.items():
         points.sort(key=lambda point: point[0])
         axes["test accuracy, %"][f"serial, {line}"] = [
-            (x, 100 * fmean(run["test_accuracy"] for run in alike)) for x, _, alike in points]
+            (x, 100 * fmean(run["test_accuracy"] for run in alike)) for x, alike in points]
         axes["test accuracy, %"][f"from the last stage, {line}"] = [
-            (x, 100 * fmean(run["accuracy_from_stage"][-1] for run in alike)) for x, _, alike in points]
-        axes["mismatch of the last pair"][line] = [(x, mismatches(alike)[-1]) for x, _, alike in points]
+            (x, 100 * fmean(run["accuracy_from_stage"][-1] for run in alike)) for x, alike in points]
+        axes["mismatch of the last pair"][line] = [(x, mismatches(alike)[-1]) for x, alike in points]
     plain = [run["test_accuracy"] for (method, *_), alike in found.items() if method == "backprop" for run in alike]
     if plain:
         xs = [x for points in lines.values() for x, *_ in points]

@@ -1,0 +1,107 @@
+"""What a run of the fine-tuning study is: what all of its runs share, and the JSON that each comes to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ds_decoupled.config import PRESETS, DecoupledConfig, parse_block
+
+
+@dataclass(frozen=True)
+class FinetuneStudy:
+    """What all runs share.
+
+    Attributes:
+        model: a folder that ``save_pretrained`` wrote, or a hub name.
+        data: as ``data.text.read_text`` takes it; the last tenth is for validation.
+        updates: of every stage.
+        evaluate_every: updates from one validation to the next.
+        sequence: tokens.
+        micro_batch: sequences of an update.
+        lr: of AdamW, the same in all updates.
+        eval_micro_batches: to validate on.
+    """
+
+    model: str
+    data: str
+    updates: int = 100
+    evaluate_every: int = 20
+    sequence: int = 128
+    micro_batch: int = 4
+    lr: float = 5e-5
+    eval_micro_batches: int = 8
+
+
+@dataclass(frozen=True)
+class FinetuneSetting:
+    """One run.
+
+    Attributes:
+        method: a preset's name; ``backprop``, which all are compared with, has one stage.
+        stages: J, each of as many blocks as the others.
+        block: further settings of the ``decoupled`` block, as JSON text.
+        seed: of the data.
+    """
+
+    method: str
+    stages: int = 1
+    block: str = "{}"
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        further = "" if self.block == "{}" else f" {self.block}"
+        return f"{self.method} J={self.stages}{further} seed={self.seed}"
+
+    def config(self, study: FinetuneStudy, layers: int) -> dict[str, Any]:
+        """The DeepSpeed JSON.
+
+        Args:
+            layers: of the model: the embedding, its blocks, and the readout.
+        """
+        block: dict[str, Any] = {"method": self.method, **json.loads(self.block)}
+        if not PRESETS[self.method].flush:
+            block = {"stages": stage_bounds(self.stages, layers), **block}
+        return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
+                "gradient_clipping": 1.0, "steps_per_print": 10**9,
+                "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": study.lr, "weight_decay": 0.01}},
+                "decoupled": block}
+
+    def taught(self, study: FinetuneStudy) -> int:
+        """Updates of heads alone, before those of stages."""
+        block = parse_block(self.config(study, 2 + 2 * self.stages))
+        return 0 if block is None or block.head_teaching is None else block.head_teaching.updates
+
+
+def stage_bounds(stages: int, layers: int) -> list[int]:
+    """Layers at which J stages of equally many blocks begin: the embedding joined to the first one's, the readout to the last.
+
+    >>> stage_bounds(2, 32), stage_bounds(4, 32)
+    ([0, 16, 32], [0, 9, 16, 23, 32])
+    """
+    return [0, *(1 + round((layers - 2) * s / stages) for s in range(1, stages)), layers]
+
+
+def settings_of(methods: list[str], stages: list[int], blocks: list[str], seeds: list[int]) -> list[FinetuneSetting]:
+    """Backpropagation first, then every combination once, but for what is backpropagation by another name: the farthest loss
+    of a window that reaches the top from everywhere."""
+    found = []
+    for seed in seeds:
+        found.append(FinetuneSetting("backprop", seed=seed))
+        found += [FinetuneSetting(method, count, block, seed) for method in methods for count in stages for block in blocks
+                  if not _is_backprop(method, count, block)]
+    return list(dict.fromkeys(found))
+
+
+def _is_backprop(method: str, stages: int, block: str) -> bool:
+    given = parse_block({"decoupled": {"method": method, **json.loads(block)}})
+    return given is not None and given.losses == "farthest" and given.axes().window >= stages
+
+
+def check(settings: list[FinetuneSetting], study: FinetuneStudy, layers: int) -> list[DecoupledConfig]:
+    """The blocks, read; raises ConfigError for what cannot work."""
+    read = [parse_block(setting.config(study, layers)) for setting in settings]
+    return [block for block in read if block is not None]
