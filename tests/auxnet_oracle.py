@@ -33,7 +33,7 @@ class AuxNetOracle:
     """One setting on one list of stages, trained in one process by the definition; stages give one tensor."""
 
     def __init__(self, stages: list[nn.Sequential], steps: list[nn.Module], heads: list[nn.Module] | None = None, *,
-                 fit: float = 30.0, pull: float = 0.03, eta: float = 1.0, sweeps: int = 1, kappa: str = "zero",
+                 fit: float = 10.0, pull: float = 0.03, eta: float = 1.0, sweeps: int = 1, kappa: str = "zero",
                  trust: float | None = None, growth: tuple[float, int] | None = None, k: int = 1, lr: float = 0.1,
                  momentum: float = 0.9, aux_lr: float = 3e-3, whole: bool = False) -> None:
         self.stages, self.steps, self.heads, self.k, self.whole = stages, steps, heads, k, whole

@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 def auxnet_object(value: Any) -> Any:
     """What is an object, or not one at all."""
     if not isinstance(value, Mapping | BaseModel):
-        raise ValueError('an object is needed, such as {"fit": 30.0, "pull": 0.03}')
+        raise ValueError('an object is needed, such as {"fit": 10.0, "pull": 0.03}')
     return value
 
 
@@ -69,7 +69,7 @@ class AuxNetSettings(BaseModel):
 
     model_config = STRICT
 
-    fit: Annotated[Positive, Words("beta of a stage's own gradient, above 0 and finite", "Leave it out for 30.")] = 30.0
+    fit: Annotated[Positive, Words("beta of a stage's own gradient, above 0 and finite", "Leave it out for 10.")] = 10.0
     pull: Annotated[Positive, Words(
         "beta of what the AuxNet is to reproduce, above 0 and finite", "Leave it out for 0.03.")] = 0.03
     eta: Annotated[Positive, Words("the length of a step, above 0 and finite", "Leave it out for 1.")] = 1.0
