@@ -83,6 +83,8 @@ PRESETS: dict[str, Axes] = {
     "overlapping": Axes("local", "graph", "current", "delayed", "stream", (0, 1), window=2),
     "dgl_async": Axes("local", "graph", "current", "delayed", "replay", (0, 1), window=1, pace="free"),
     "pd_asgd": Axes("global", "graph", "current", "layerwise", "stream", (0, 1), pace="free"),
+    "hogwild": Axes("global", "graph", "current", "layerwise", "stream", (0, 1), pace="free"),
+    "lapsgd": Axes("global", "graph", "current", "layerwise", "stream", (0, 1), pace="free"),
     "auxnet_penalty": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1)),
     "auxnet_lagrangian": Axes("auxiliary", "graph", "current", "delayed", "auxnet", (0, 1), kappa="predicted"),
 }

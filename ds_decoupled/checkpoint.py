@@ -66,7 +66,8 @@ def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag
     tag = tags[0]
     folder = os.path.join(save_dir, tag)
     os.makedirs(folder, exist_ok=True)
-    engine.module.save_state_dict(folder, checkpoint_engine=engine.checkpoint_engine, exclude_frozen_params=exclude_frozen)
+    with parts.runner.as_one():
+        engine.module.save_state_dict(folder, checkpoint_engine=engine.checkpoint_engine, exclude_frozen_params=exclude_frozen)
     replica = engine.mpu.get_data_parallel_rank()
     if engine.is_last_stage() and replica == 0 and (loss_fn := _stateful_loss(engine)) is not None:
         torch.save(loss_fn.state_dict(), os.path.join(folder, _LOSS_FILE))

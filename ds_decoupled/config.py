@@ -36,9 +36,19 @@ from ds_decoupled.settings.belongs import check_belongs
 from ds_decoupled.settings.blocks import STRICT, Words, read_model
 from ds_decoupled.settings.codecs import CODEC_NAMES, CodecName, CodecSettings, VectorSettings, both_ways, vectors
 from ds_decoupled.settings.reading import Source
+from ds_decoupled.settings.replay import MOST_QUEUE, ClockSettings, ReplaySettings
 from ds_decoupled.settings.table import BLOCK
 from ds_decoupled.settings.teaching import TeachingSettings, teaching_object
-from ds_decoupled.settings.threads import PassTimes, ThreadSettings, or_auto, threads_of
+from ds_decoupled.settings.threads import (
+    ExchangeSettings,
+    PassTimes,
+    ThreadSettings,
+    exchanged,
+    or_auto,
+    or_kind,
+    threads_of,
+    with_workers,
+)
 
 __all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "AuxNetSettings", "Axes", "CodecName", "CodecSettings",
            "CompileSettings", "DecoupledConfig", "VectorSettings", "block_of", "check_bounds", "parse_block", "read_json"]
@@ -46,10 +56,8 @@ __all__ = ["AXES", "BLOCK", "CODEC_NAMES", "FLUSH_HOPS", "PRESETS", "AuxNetSetti
 #: Bounds of what makes sense. A stage keeps up to ``(a+b)(J-1)+1`` micro-batches, and needs a layer of its own.
 MOST_HOPS = 1_000
 MOST_STAGES = 10_000
-MOST_QUEUE = 100_000
 MOST_NUMBERS = 2**31  # of one sample
 YEAR = 31_536_000  # seconds
-
 
 
 def check_bounds(setting: str, value: list[int]) -> None:
@@ -140,43 +148,6 @@ class CompileSettings(BaseModel):
         return value
 
 
-class ReplaySettings(BaseModel):
-    """The replay ring before every stage but the first, see :mod:`ds_decoupled.schedules.replay`.
-
-    Attributes:
-        size: M, the micro-batches that it holds.
-        cap: uses of one micro-batch at most, after which the stage idles; null for any number.
-        authors_ring: take the oldest of those with the fewest uses, as the published code does, not the newest.
-        memory: where it lies: with the layers (``device``), or in the ``host``'s memory.
-    """
-
-    model_config = STRICT
-
-    size: Annotated[int, Field(ge=1, le=MOST_QUEUE), Words(
-        f"a number of micro-batches, from 1 to {MOST_QUEUE}", "Leave it out for 10.")] = 10
-    cap: Annotated[int | None, Field(ge=1), Words(
-        "a number of uses, at least 1, or null for any number", "Leave it out for any number.")] = None
-    authors_ring: bool = False
-    memory: Literal["device", "host"] = "device"
-
-
-class ClockSettings(BaseModel):
-    """Who acts next on the virtual clock, see :mod:`ds_decoupled.schedules.turns`.
-
-    Attributes:
-        seed: of the draws.
-        durations: of a turn of each stage, in any unit (one per stage); null: turns are drawn by chance.
-        warm_start: stages act one after the other until the rings are full, before they go their own ways.
-    """
-
-    model_config = STRICT
-
-    seed: int = 0
-    durations: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None, Words(
-        "a duration for each stage, all above 0 and finite", "Leave it out to draw turns by chance.")] = None
-    warm_start: bool = True
-
-
 class DecoupledConfig(BaseModel):
     """The ``decoupled`` block; :func:`parse_block` reads it, and tells mistakes as :class:`ConfigError`.
 
@@ -193,6 +164,7 @@ class DecoupledConfig(BaseModel):
         clock: an object of :class:`ClockSettings`' attributes.
         threads: who goes forward and who goes back: an object of :class:`ThreadSettings`' attributes, or ``"auto"``.
         pass_times: how long passes take on the clock: an object of :class:`PassTimes`' attributes.
+        exchange: what replicas exchange whose threads run free: a kind, or an object of :class:`ExchangeSettings`' attributes.
         slow_down: each stage made so many times slower (one factor per stage): by a longer duration or a rarer draw on the
             clock, by sleep where ranks run free.
         window: with local gradients: stages whose losses reach a stage, its own among them. 1 is greedy, 2 overlapping.
@@ -247,6 +219,8 @@ class DecoupledConfig(BaseModel):
         hint="Leave it out for 1 forward and 2 backward threads.")] = ThreadSettings()
     pass_times: Annotated[PassTimes, Words(
         'an object such as {"forward": [1, 1], "backward": [2, 2]}', "Leave it out for 1 forward and 2 back.")] = PassTimes()
+    exchange: Annotated[ExchangeSettings | None, BeforeValidator(or_kind), Words(
+        hint='Leave it out for "gossip".')] = None
     slow_down: Annotated[list[Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None, Words(
         "a factor for each stage, none below 1 and all finite", "1 is for a stage that is as fast as it is.")] = None
     window: Annotated[int | None, Field(ge=1, le=MOST_STAGES), Words(
@@ -286,6 +260,11 @@ class DecoupledConfig(BaseModel):
 
     _axes: Axes = PrivateAttr()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, block: Any) -> Any:
+        return with_workers(block)
+
     @model_validator(mode="after")
     def _resolve(self) -> DecoupledConfig:
         """The axes, once; and every setting that was given has an effect there."""
@@ -313,7 +292,7 @@ class DecoupledConfig(BaseModel):
         return OwnPace(Replay(ring.size, ring.cap, ring.authors_ring),
                        Clock(clock.seed, None if clock.durations is None else tuple(clock.durations),
                              None if self.slow_down is None else tuple(self.slow_down), clock.warm_start),
-                       threads_of(self.threads, self.pass_times))
+                       threads_of(self.threads, self.pass_times), exchanged(self.method, self.exchange))
 
     @property
     def sweeps(self) -> int:

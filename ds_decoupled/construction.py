@@ -138,8 +138,10 @@ class ConstructedEngine(compat.PipelineEngineBase):
                                   self.losses.add if s == top else None, self.watchers,
                                   None if block.stop_after is None else block.stop_after[s])
                         for s, stage in self.stages.items()}
+        # Replicas whose threads run free have data of their own, and wait for nobody's.
+        alike = None if self.axes.layerwise and self.axes.pace == "free" else self._replicas
         # The user may set another iterator or batch_fn between two calls.
-        fetch = lambda count: self.feed.fetch(self.data_iterator, self.batch_fn, count, self._replicas)  # noqa: E731
+        fetch = lambda count: self.feed.fetch(self.data_iterator, self.batch_fn, count, alike)  # noqa: E731
         self.runner = runner_of(self.axes)(
             self.plan, self.stage_id, workers=self.workers, network=self.network, watchers=self.watchers, flush=self.axes.flush,
             execute=self.run_schedule, fetch=fetch if self.is_first_stage() else None,

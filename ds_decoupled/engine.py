@@ -97,7 +97,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         if end is not None:
             raise end.error or StopIteration(f"the data ended before micro-batch {end.micro_batch}; drain() finishes what is "
                                              "in flight")
-        self.step_log.after_batch(self.losses, loss)
+        self.step_log.after_batch(self.losses, loss, beside=self.runner.told)
         return loss
 
     def _enter_phase(self) -> None:

@@ -11,7 +11,6 @@ receiver's whole process stands still.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,12 +23,10 @@ from ds_decoupled.collectives import error_of_group
 from ds_decoupled.errors import LinkError, PeerError
 from ds_decoupled.links import Message, Packed, ReplayRing
 from ds_decoupled.links.free import FreeReceiver, FreeSender, SharedRing
+from ds_decoupled.links.peers import Peers, completion
 from ds_decoupled.network import TRAINING, Channel, Network
 from ds_decoupled.schedules import Action
 from ds_decoupled.schedules.replay import Replay
-
-#: Seconds in which a neighbour whose connection broke has said farewell, if it did.
-_FAREWELL = 2.0
 
 
 class FreeNetwork(Network):
@@ -52,9 +49,10 @@ class FreeNetwork(Network):
             group = dist.new_group(ranks, backend=self.backend)
             if grid.global_rank in ranks:
                 self._control = group
-        for receiver, back in ((self._below, self._backward.sender), (self._above, self._forward.sender)):
-            if receiver is not None and isinstance(back, FreeSender):
-                receiver.begin(back.close)
+        self._peers = Peers(self.changed, [
+            (receiver, back) for receiver, back in ((self._below, self._backward.sender), (self._above, self._forward.sender))
+            if receiver is not None and isinstance(back, FreeSender)])
+        self._peers.begin()
 
     def _make_ring(self, stage: int, replay: Replay, memory: torch.device) -> ReplayRing:
         if stage > self.bottom:
@@ -71,10 +69,6 @@ class FreeNetwork(Network):
             None if before is None else FreeReceiver(before, group, self.device, codecs, deliver, self.changed,
                                                      self._keeps_codes(name, codecs)),
             None if after is None else FreeSender(after, group, self.device, writer.codecs, self.timeout, queue, writer.seed))
-
-    @property
-    def _receivers(self) -> list[FreeReceiver]:
-        return [receiver for receiver in (self._below, self._above) if receiver is not None]
 
     # -- what a runner asks ------------------------------------------------------------------------------------------------
 
@@ -122,31 +116,17 @@ class FreeNetwork(Network):
 
     def check(self) -> None:
         """Raises what a neighbour failed with, if one did."""
-        with self.changed:
-            failure = self._failure()
-        if failure is not None:
-            raise failure
+        self._peers.check()
 
     def _failure(self) -> LinkError | None:
-        return next((receiver.failure for receiver in self._receivers if receiver.failure is not None), None)
+        return self._peers.failure
 
     def arrive(self) -> Callable[[], bool]:
         """This rank is done. Gives a question: whether all ranks of the pipe are. A call of all of them."""
         if self._control is None:
             return lambda: True
-        work = dist.barrier(group=self._control, async_op=True)
-
-        def arrived() -> bool:
-            self.check()
-            if not work.is_completed():
-                return False
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise LinkError(f"pipe rank {self.rank} was waiting for all ranks, and one is gone") from error
-            return True
-
-        return arrived
+        return completion(dist.barrier(group=self._control, async_op=True), self.check,
+                          f"pipe rank {self.rank} was waiting for all ranks, and one is gone")
 
     def pass_mark(self, before: Callable[[], None] = lambda: None) -> None:
         """Wait until all that the rank below sent is here, do ``before``, and let the rank above know likewise. A call of all
@@ -188,13 +168,8 @@ class FreeNetwork(Network):
 
     def _saying(self, say: Callable[[], None]) -> None:
         """Say something to the rank above; that it has left is no error."""
-        try:
-            say()
-        except LinkError:
-            above = self._above
-            with self.changed:
-                if above is None or not self.changed.wait_for(lambda: above.left, _FAREWELL):
-                    raise
+        assert self._above is not None
+        self._peers.saying(self._above, say)
 
     def pass_on_end(self, micro_batch: int, reason: str | None = None) -> None:
         sender = self._forward.sender
@@ -207,12 +182,7 @@ class FreeNetwork(Network):
 
     def leave(self, timeout: float | None = None) -> None:
         end = time.monotonic() + (self.timeout if timeout is None else timeout)
-        for channel in (self._forward, self._backward):
-            if isinstance(channel.sender, FreeSender):
-                with contextlib.suppress(LinkError):
-                    channel.sender.close()
-        for receiver in self._receivers:
-            receiver.wait_for_farewell(max(0.0, end - time.monotonic()))
+        self._peers.leave(max(0.0, end - time.monotonic()))
         super().wait_until_taken(timeout=max(0.0, end - time.monotonic()))
 
     def pending(self) -> dict[str, dict[int, list[Message]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,9 @@ class StepLog:
         if whole:
             self._slow.add(seconds)
 
-    def after_batch(self, losses: Losses, loss: Tensor, what: str = "") -> None:
-        """A call has made its update. While the pipeline fills it has no loss, and none is told; ``what`` else it did is."""
+    def after_batch(self, losses: Losses, loss: Tensor, what: str = "", beside: Callable[[], str] = str) -> None:
+        """A call has made its update. While the pipeline fills it has no loss, and none is told; ``what`` else it did is, and
+        ``beside``: what else there is to tell."""
         engine = self.engine
         engine.global_steps += 1
         engine.global_samples += engine.train_batch_size()
@@ -57,7 +60,8 @@ class StepLog:
         if engine.global_rank == 0:
             rate = engine.train_batch_size() * engine.global_steps / self.seconds
             shown = {"loss": loss, **(losses.additional or {})} if losses else {}
+            more = beside()
             told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
-            print(f"steps: {engine.global_steps} {what}{told} samples/sec: {rate:0.3f}", flush=True)
+            print(f"steps: {engine.global_steps} {what}{told} samples/sec: {rate:0.3f}{' ' * bool(more)}{more}", flush=True)
         if self.breakdown is not None:
             print(self.breakdown.line(engine.global_steps), flush=True)

@@ -26,7 +26,8 @@ def summarize(method: str, plan: Plan, hops: tuple[int, int], flush: bool, worke
     """
     parts = gather({"workers": {s: worker.report() for s, worker in workers.items()}, "network": network.report(plan.k),
                     "beside": bytes_beside, "watchers": [watcher.report() for watcher in watchers]})
-    by_stage = dict(sorted(item for part in parts for item in part["workers"].items()))
+    by_stage = {s: report for part in reversed(parts) for s, report in part["workers"].items()}  # of replicas, the first
+    by_stage = {s: by_stage[s] for s in sorted(by_stage)}
     summary = {
         "method": method, "stages": plan.placement.stages, "hops": list(hops),
         "delays": [0 if flush else None if "staleness" in report else plan.ticks.delay(s) for s, report in by_stage.items()],

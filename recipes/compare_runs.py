@@ -3,7 +3,8 @@
     python recipes/compare_runs.py runs/finetune_*.json --plot docs/finetuning.png
     python recipes/compare_runs.py runs/dgl_*.json runs/backprop.json --against stages
 
-The picture shows how the runs went, or, with ``--against stages``, what they came to against the number of stages J.
+The picture shows how the runs went, by epochs or tokens, or with ``--against time`` by the seconds that they had trained; with
+``--against stages``, what they came to against the number of stages J.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ ONE_STAGE = ("backprop",)
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("summaries", nargs="+", type=Path, help="what --summary wrote, of images or of text")
-    parser.add_argument("--against", choices=["stages"], help="draw results against it (default: the curves of each run)")
+    parser.add_argument("--against", choices=["stages", "time"],
+                        help="draw results against the number of stages, or curves against time (default: the curves of each "
+                        "run against its epochs or tokens)")
     parser.add_argument("--plot", type=Path, default=Path("runs/compared.png"), help="(default: %(default)s)")
     parser.add_argument("--title", default="")
     return parser.parse_args(arguments)
@@ -61,12 +64,12 @@ def _costs(run: Run) -> list[str]:
     return [f"{run['peak_memory_bytes'] / MIB:.0f}", "not counted" if sent is None else f"{sent / 1024:.0f}"]
 
 
-def courses(runs: Sequence[Run], x: str, y: str, scale: float) -> dict[str, Points]:
-    """How each run went: points of its curve ``y``, against its curve ``x`` or, where it has none, its epochs."""
+def courses(runs: Sequence[Run], x: str, y: str, scale: float, unit: float = 1000.0) -> dict[str, Points]:
+    """How each run went: points of its curve ``y``, against its curve ``x`` over ``unit`` or, where it has none, its epochs."""
     found = {}
     for run in runs:
         values = [math.nan if value is None else value * scale for value in run["curves"][y]]
-        at = [tokens / 1000 for tokens in run["curves"][x]] if x in run["curves"] else range(1, len(values) + 1)
+        at = [value / unit for value in run["curves"][x]] if x in run["curves"] else range(1, len(values) + 1)
         found[label(run, runs)] = list(zip(map(float, at), values))
     return found
 
@@ -99,7 +102,11 @@ def main() -> None:
         print(text_table(runs))
         result, scale, name, x = "validation_loss", 1.0, "validation loss, nats per token", "tokens"
         x_name = "thousands of tokens"
-    if args.against:
+    if args.against == "time":
+        if without := [str(path) for path, run in zip(args.summaries, runs) if not run["curves"].get("seconds")]:
+            sys.exit(f"error: {without[0]} does not say how long its epochs took; a recipe's newer summary does")
+        curves, x_name = courses(runs, "seconds", result, scale, unit=1.0), "seconds of training"
+    elif args.against:
         curves, x_name = against_stages(runs, result, scale), "stages J"
     else:
         curves = courses(runs, x, result, scale)

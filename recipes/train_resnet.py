@@ -188,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
         image_size=facts.image_size,
         epochs=epochs,
         test_accuracy=accuracies[-1],
-        curves={"train_loss": losses, "test_accuracy": accuracies},
+        curves={"train_loss": losses, "test_accuracy": accuracies, "seconds": trained.progress.seconds},
         **beside,
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
     )

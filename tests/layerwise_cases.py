@@ -28,7 +28,6 @@ def refused(case: dict[str, Any]) -> str:
     return "nothing"
 
 
-def replicas(case: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Two replicas on the clock; what threads say to them, and to two pipe ranks."""
-    free = {**case, "block": {"threads": {}}}
-    return engine_cases.train(case), [refused(free), refused({**free, "pipe_ranks": 2})]
+def replicas(case: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Two replicas on the clock; what threads say to two pipe ranks."""
+    return engine_cases.train(case), refused({**case, "block": {"threads": {}}, "pipe_ranks": 2})

@@ -22,7 +22,8 @@ REPO = Path(__file__).parent.parent
 OTHER: dict[str, Any] = {
     "stages": 2, "partition": "uniform", "hops": [2, 1], "gradient": "local", "recover": "input", "weights": "stashed",
     "update": "flush", "input": "replay", "pace": "clock", "replay": {"size": 3},
-    "clock": {"seed": 1}, "threads": {"backward": 3}, "pass_times": {"forward": [2.0, 1.0]},
+    "clock": {"seed": 1}, "threads": {"backward": 3}, "exchange": "average",
+    "pass_times": {"forward": [2.0, 1.0]},
     "slow_down": [1.0, 2.0], "window": 3, "losses": "farthest", "head": "linear", "head_refresh": 10, "head_lr": 2.0,
     "head_teaching": {"updates": 5},
     "transport": 0.1, "ensemble": True, "input_shape": [2, 8, 8], "queue": 4, "stage_lr": [1.0, 0.5],
@@ -33,6 +34,9 @@ OTHER: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {"head_refresh": {"head": "shared"}, "clock": {"pace": "clock"},
                                      "pass_times": {"pace": "clock"},
                                      "vq": {"codec": {"forward": "vq"}}}
+
+#: Presets that bring workers, and are another in nothing else.
+OF_WORKERS = {"hogwild": "pd_asgd", "lapsgd": "pd_asgd"}
 
 #: x: refused. Of the axes, the value of OTHER, where the preset has another.
 TABLE = """
@@ -49,6 +53,7 @@ pace                x         x          x        x     x    x    x       x     
 replay              x         x          x        x     x    x    x       x          .        x          x                x
 clock               x         x          x        x     x    x    x       x          .        x          x                x
 threads             x         x          x        x     x    x    x       x          x        .          x                x
+exchange            x         x          x        x     x    x    x       x          x        .          x                x
 pass_times          x         x          x        x     x    x    x       x          x        .          x                x
 slow_down           x         x          x        x     x    x    x       x          .        x          x                x
 window              x         x          x        x     x    x    .       .          x        x          x                x
@@ -78,7 +83,8 @@ auxnet              x         x          x        x     x    x    x       x     
 def table() -> dict[tuple[str, str], bool]:
     """Whether a setting is refused, by setting and preset."""
     head, *lines = TABLE.strip("\n").splitlines()
-    return {(row[0], method): mark == "x" for row in map(str.split, lines) for method, mark in zip(head.split(), row[1:])}
+    found = {(row[0], method): mark == "x" for row in map(str.split, lines) for method, mark in zip(head.split(), row[1:])}
+    return found | {(setting, method): found[setting, other] for setting in OTHER for method, other in OF_WORKERS.items()}
 
 
 def refusal(block: dict[str, Any]) -> ConfigError | None:

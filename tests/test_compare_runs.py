@@ -57,6 +57,11 @@ def test_images_and_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert "| dgl | nan | 2.000 | 7.39 | 10 | 1 | not counted |" in capsys.readouterr().out
     courses = compare_runs.courses(texts, "tokens", "validation_loss", 1.0)
     assert courses["dgl"] == [(1.0, 3.0), (2.0, 2.0)]
+    timed = [{**run("backprop", 0.9), "curves": {"test_accuracy": [0.5, 0.9], "seconds": [2.0, 4.5]}}]
+    assert compare_runs.courses(timed, "seconds", "test_accuracy", 100.0, unit=1.0) == {"backprop": [(2.0, 50.0), (4.5, 90.0)]}
+    main(monkeypatch, tmp_path, timed, "--against", "time")
+    with pytest.raises(SystemExit, match="does not say how long"):
+        main(monkeypatch, tmp_path, [run("backprop", 0.9)], "--against", "time")
     with pytest.raises(SystemExit, match="compare them apart"):
         main(monkeypatch, tmp_path, [run("dgl", 0.7), run("dgl", 2.0, text=True)])
     with pytest.raises(SystemExit, match="no summary of a run"):

@@ -33,6 +33,8 @@ def test_presets() -> None:
         overlapping local   graph        current  delayed  stream  0,1  2
         dgl_async   local   graph        current  delayed  replay  0,1  1
         pd_asgd     global  graph        current  layerwise stream 0,1  0
+        hogwild     global  graph        current  layerwise stream 0,1  0
+        lapsgd      global  graph        current  layerwise stream 0,1  0
         auxnet_penalty    auxiliary  graph  current  delayed  auxnet  0,1  0
         auxnet_lagrangian auxiliary  graph  current  delayed  auxnet  0,1  0
     """
@@ -40,7 +42,7 @@ def test_presets() -> None:
     assert [row[0] for row in rows] == list(PRESETS)
     for name, *axes, hops, window in rows:
         a, b = hops.split(",")
-        pace = "free" if name in ("dgl_async", "pd_asgd") else "ticks"
+        pace = "free" if name in ("dgl_async", "pd_asgd", "hogwild", "lapsgd") else "ticks"
         assert astuple(parse(method=name).axes()) == (*axes, (int(a), int(b)), int(window), pace,
                                                           "predicted" if name == "auxnet_lagrangian" else "zero")
 

@@ -21,6 +21,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     '"decoupled.threads.lock": \'none\' cannot be used: k = 2': {**BASE, "k": 2, "block": {"threads": {"lock": "none"}}},
     '"decoupled.threads.lock": \'none\' cannot be used: BF16': {**BASE, "block": {"threads": {"lock": "none"}},
                                                                "config": {"bf16": {"enabled": True}}},
+    '"decoupled.exchange": \'gossip\' cannot be used: there is one replica': {**BASE, "block": {"exchange": "gossip"}},
     '"decoupled.threads.workers": 2': {**BASE, "block": {"threads": {"workers": 2, "queue": 1}}},
 }
 

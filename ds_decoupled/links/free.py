@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ class FreeSender(RemoteSender):
     def send_mark(self) -> None:
         """Say that all that was sent before is before this."""
         self._send(Message(_MARK, ()))
+
+    @contextmanager
+    def staying(self) -> Iterator[bool]:
+        """Within, farewell is not said; gives whether it was not yet."""
+        with self._one_at_a_time:
+            yield not self.closed
 
     def close(self) -> None:
         """Say farewell; whatever is sent behind it is dropped."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,10 @@ class RemoteReceiver:
     Attributes:
         end: the first micro-batch that will not come, once the sender has said so (its data ran out, or failed).
         end_reason: why, if the data failed.
+        whose: what has the number of a rank that failed.
     """
+
+    whose: ClassVar[str] = "pipe rank"
 
     def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, timeout: float,
                  packed: bool = False) -> None:
@@ -229,7 +232,7 @@ class RemoteReceiver:
     def _raise_if_failed(self, what: str) -> None:
         if self._failure is not None:
             rank, reason = self._failure
-            raise PeerError(f"{what}, but pipe rank {rank} failed: {reason}", rank, reason)
+            raise PeerError(f"{what}, but {self.whose} {rank} failed: {reason}", rank, reason)
 
 
 def _read_text(message: Packed) -> str:

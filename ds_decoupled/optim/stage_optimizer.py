@@ -53,11 +53,12 @@ class StageOptimizer:
             return
         self.of.before_step()
         rows = [p for p in self.parameters if p.grad is not None and p.grad.is_sparse]
-        if rows and self.engine.is_data_parallel:
+        if rows and self.engine.is_data_parallel and self.of.average is None:
             sparse.average(rows, self.engine.mpu.get_data_parallel_group())
         with scaled_lr(self.basic_optimizer.param_groups, divisor):
             clip = sparse.clip if rows else None
-            self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip)
+            self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip,
+                                                     self.of.average)
         self.stepped()
 
     def stepped(self) -> None:
@@ -119,6 +120,7 @@ class StageOptimizers(Optimizer):
     Attributes:
         client: the user's own instance, if there is one.
         missing: what keeps ``train_batch`` from training, in words.
+        average: of a stage's gradients over replicas, in place; None for DeepSpeed's own.
     """
 
     _opt_called = True  # torch's schedulers warn where they are stepped first, as is right while the pipeline fills
@@ -129,6 +131,7 @@ class StageOptimizers(Optimizer):
         self.shared = shared
         self.client: ClientOptimizer | None = None
         self.missing = ""
+        self.average: Callable[[Sequence[nn.Parameter]], None] | None = None
         self._scheduler: Any = None
         self._taken_out: tuple[Any, dict[int, Any]] = None, {}
 

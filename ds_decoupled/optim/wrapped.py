@@ -17,7 +17,8 @@ from ds_decoupled.compat import PipelineEngineBase, norm_of_last_step
 
 
 def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
-                    clip: Callable[[list[Any], float], Any] | None = None) -> float | None:
+                    clip: Callable[[list[Any], float], Any] | None = None,
+                    average: Callable[[list[Any]], None] | None = None) -> float | None:
     """Average the dense gradients over replicas, clip by this optimizer's own norm, step, and clear.
 
     Args:
@@ -25,6 +26,7 @@ def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list
         optimizer: DeepSpeed's wrapped optimizer.
         parameters: its parameters.
         clip: in the place of ``torch.nn.utils.clip_grad_norm_``.
+        average: of the gradients of a bare optimizer's parameters over replicas, in the place of DeepSpeed's.
 
     Returns:
         The gradient norm before clipping, where it was computed.
@@ -32,11 +34,12 @@ def reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list
     # On CPU, compiling DeepSpeed's Muon takes 32 s of every process and then saves a fifth of its 7 ms a block of width 128.
     eager = engine.device.type == "cpu" and engine.optimizer_name() == MUON_OPTIMIZER
     with set_stance("force_eager") if eager else nullcontext():
-        return _reduce_and_step(engine, optimizer, parameters, clip)
+        return _reduce_and_step(engine, optimizer, parameters, clip, average)
 
 
 def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: list[Any],
-                     clip: Callable[[list[Any], float], Any] | None) -> float | None:
+                     clip: Callable[[list[Any], float], Any] | None,
+                     average: Callable[[list[Any]], None] | None) -> float | None:
     norm: float | None = None
     if isinstance(optimizer, BF16_Optimizer):
         engine.allreduce_gradients_of(optimizer.get_grads_for_reduction()[0])
@@ -50,7 +53,10 @@ def _reduce_and_step(engine: PipelineEngineBase, optimizer: Any, parameters: lis
         optimizer.set_gradient_accumulation_boundary(False)
         norm = norm_of_last_step(optimizer)
     else:
-        engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse])
+        if average is not None:
+            average(parameters)
+        else:
+            engine.allreduce_gradients_of([p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse])
         most = engine.gradient_clipping()
         if most > 0:
             norm = float((clip or torch.nn.utils.clip_grad_norm_)(parameters, most))

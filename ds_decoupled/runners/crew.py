@@ -29,6 +29,7 @@ class Crew:
         go_back: that.
         within: a context for each thread.
         timeout: seconds in which one of them must get on.
+        let_go: called before the threads are waited for; those that wait for others elsewhere are to go on.
 
     Attributes:
         threads: forward and backward; 0 backward threads: those that go forward go back too.
@@ -38,10 +39,11 @@ class Crew:
     """
 
     def __init__(self, threads: tuple[int, int], queue: int, go_forward: Callable[[Any], Any], go_back: Callable[[Any], None],
-                 within: Callable[[], AbstractContextManager[Any]], timeout: float) -> None:
+                 within: Callable[[], AbstractContextManager[Any]], timeout: float,
+                 let_go: Callable[[], None] = lambda: None) -> None:
         self.threads, self.queue, self.timeout = threads, queue, timeout
         self._passes = (go_forward, go_back)
-        self._within = within
+        self._within, self._let_go = within, let_go
         self._changed = threading.Condition()
         self._inbox: deque[Any] = deque()
         self._between: deque[Any] = deque()
@@ -82,17 +84,6 @@ class Crew:
             self._wait(lambda: self.done == self.fed)
         self._check()
 
-    def settle(self) -> None:
-        """Wait until no thread is at work, and nothing is in flight unless one has failed."""
-        if self._failure is None:
-            try:
-                self.finish()
-            except BaseException:
-                if self._failure is None:  # Ctrl-C, or it takes too long
-                    raise
-        if self._failure is not None:
-            self.end()
-
     def rest(self) -> None:
         """:meth:`finish`, and let the threads end."""
         self.finish()
@@ -103,9 +94,22 @@ class Crew:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
+        self._let_go()
         for thread in self._running:
             thread.join(self.timeout)
         self._running = []
+
+    def fail(self, error: BaseException) -> None:
+        """One of them, or another that works for them, has failed."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._stop = True
+            self._changed.notify_all()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the first that failed did so with."""
+        return self._failure
 
     def _start(self) -> None:
         if self._failure is not None or self._running:
@@ -139,10 +143,7 @@ class Crew:
             with self._within():
                 (self._forward, self._backward)[way](self._busy[way], index)
         except BaseException as error:
-            with self._changed:
-                self._failure = self._failure or error
-                self._stop = True
-                self._changed.notify_all()
+            self.fail(error)
 
     def _forward(self, busy: list[float], index: int) -> None:
         while True:

@@ -12,7 +12,8 @@ One action's way::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,6 +93,15 @@ class Runner(ABC):
 
     def settle(self) -> None:  # noqa: B027
         """As :meth:`pause`, whether or not something failed: weights and records are about to be replaced."""
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Within, all data-parallel replicas have the weights that stand for the model. A collective call."""
+        yield
+
+    def told(self) -> str:
+        """What the log says of it beside the loss."""
+        return ""
 
     def report(self) -> dict[str, Any]:
         """Entries for ``decoupled_summary`` of a runner that has all stages."""

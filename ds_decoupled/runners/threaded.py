@@ -13,29 +13,29 @@ weights as they are.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
-from ds_decoupled.errors import ConfigError
+from ds_decoupled.collectives import gather
 from ds_decoupled.feed import MicroBatch
-from ds_decoupled.optim import Hand, check_lock_free
+from ds_decoupled.links.allreduce import AllReduce
+from ds_decoupled.links.exchange import Pairwise
+from ds_decoupled.replica_network import ReplicaNetwork
 from ds_decoupled.runners.crew import Crew
+from ds_decoupled.runners.learner import Learner
+from ds_decoupled.runners.replicas import begin, exchange_of
 from ds_decoupled.runners.runner import DataEnd, Runner
 from ds_decoupled.runners.streams import Streams
+from ds_decoupled.runners.thread_checks import check_threads
 from ds_decoupled.schedules import Action, Kind, Slot
 from ds_decoupled.schedules.layerwise import Threads
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.threaded import ThreadedStage
-from ds_decoupled.stages.worker import Worker
-from ds_decoupled.watchers import Breakdown
 
 #: Micro-batches that are timed to find out how many backward threads there should be; the first of all is not one of them.
 _TIMED = 3
@@ -48,67 +48,50 @@ class ThreadedRunner(Runner):
 
     Attributes:
         crew: the threads; None until it is known how many there are.
-        turns: gradients that each stage has got since its last update.
-        overlaps: updates of each stage that began while another one was under way, without locks: of these a part may be lost.
+        learner: hands gradients over, and lets stages step.
+        exchange: with data-parallel replicas; None for one. ``gradients``: the same where it is of gradients.
     """
+
+    network: ReplicaNetwork
+    network_class = ReplicaNetwork
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._check()
+        check_threads(self.plan.k, self.workers, self.network, self.watchers, self.pace)
         self.device = self.network.device
         self.stages = {s: cast(ThreadedStage, worker.stage) for s, worker in self.workers.items()}
-        self._locks = {s: threading.Lock() for s in self.workers}
-        self._watching = threading.RLock()  # watchers hear of one thing at a time
         self._streams = Streams(self.device, self.workers)
-        self.turns = dict.fromkeys(self.workers, 0)
-        self.overlaps = dict.fromkeys(self.workers, 0)
-        self._under_way = dict.fromkeys(self.workers, 0)
-        self._hands = threading.local()
+        self.learner = Learner(self.workers, self.watchers, self.pace.threads.locked, lambda: self.plan.k,
+                               lambda stage: self._streams.turn(stage))
+        self.exchange = exchange_of(self.pace.exchange, self.network, self.stages, self.learner.turn, self._use, self._fail)
+        self.gradients = self.exchange if isinstance(self.exchange, AllReduce) else None
         self._fed = 0
         self._seconds = [0.0, 0.0]  # of timed forward and backward passes
+        self._failure: BaseException | None = None  # of what works beside the passes, before there are threads
         top = self.workers[max(self.workers)]
         assert top.tell_loss is not None
         self._tell, self._losses = top.tell_loss, list[Tensor]()
         top.tell_loss = self._losses.append  # one that comes between two calls is the next call's
         backward = self.pace.threads.backward
         self.crew = None if backward is None else self._crew(backward)
-
-    def _check(self) -> None:
-        """What threads cannot do. Raises :class:`ConfigError`."""
-        module = getattr(next(iter(self.workers.values())).stage.shared.additional_losses, "__self__", None)
-        if isinstance(module, PipelineModule) and \
-                type(module).get_additional_losses is not PipelineModule.get_additional_losses:
-            raise ConfigError("get_additional_losses", type(module).__name__, "the module is asked for the losses of its last "
-                              "forward pass, and threads are at several", 'Leave it out, or take "pace": "clock".')
-        if self.network.replicas is not None:
-            raise ConfigError("decoupled.pace", "free", "replicas would have to average each stage's gradients, and their "
-                              "threads come to no common order", 'Take one replica, or "pace": "clock".')
-        if any(isinstance(watcher, Breakdown) for watcher in self.watchers):
-            raise ConfigError("wall_clock_breakdown", True, "several threads act at the same time, and one's seconds would be "
-                              "those of others", "Leave it out; decoupled_summary() has the busy share of each thread.")
-        if any(worker.stage.seeds.own is not None for worker in self.workers.values()):
-            raise ConfigError("seed_layers", True, "threads draw from the same generators, and a seed that one sets another "
-                              'overwrites', 'Leave it out, or take "pace": "clock".')
-
-        if not self.pace.threads.locked:
-            if self.plan.k > 1:
-                raise ConfigError("decoupled.threads.lock", "none", f"k = {self.plan.k} gradients are added up between two "
-                                  "updates, and not by several threads at once", 'Take "gradient_accumulation_steps": 1, or '
-                                  '"lock": "layer".')
-            for worker in self.workers.values():
-                check_lock_free(worker.optimizer)
+        if self.exchange is not None:
+            begin(self.exchange, self.network, self.workers, self._fail)
+            self.network.own_failure = lambda: self._failure if self.crew is None else self.crew.failure
 
     def _crew(self, backward: int) -> Crew:
         threads = self.pace.threads
         return Crew((threads.forward, backward), threads.queue, self._forward, self._backward, self._thread,
-                    self.network.timeout)
+                    self.network.timeout, self._let_go)
 
     # -- a runner's calls ---------------------------------------------------------------------------------------------------
 
     def train(self) -> DataEnd | None:
         assert self.fetch is not None  # one pipe rank
+        self.network.check()
         if self.end is None:
             fetched = self.fetch(self.plan.k)
+            if self.gradients is not None:  # replicas that wait for one another end together
+                fetched = self.network.agree_replicas(fetched if isinstance(fetched, Exception) else None) or fetched
             if isinstance(fetched, Exception):
                 self.end = DataEnd(self._fed, None if isinstance(fetched, StopIteration) else fetched)
             else:
@@ -118,25 +101,63 @@ class ThreadedRunner(Runner):
         return self.end
 
     def drain(self) -> None:
+        self.pause()
         if self.crew is not None:
             self.crew.rest()
-        self._streams.join()
+        if isinstance(self.exchange, Pairwise):
+            self._take_mean()
         self._tell_losses()
         self.end = None
 
     def pause(self) -> None:
+        if self.exchange is not None:
+            self.exchange.before_finish(self._fed if self.crew is None else self.crew.fed)
         if self.crew is not None:
             self.crew.finish()
+        if self.exchange is not None:
+            self.exchange.quiet()
         self._streams.join()
 
     def settle(self) -> None:
-        if self.crew is not None:
-            self.crew.settle()
+        try:
+            self.pause()
+        except BaseException:
+            if self.crew is None or self.crew.failure is None:  # Ctrl-C, it takes too long, or another replica has failed
+                raise
+            self.crew.end()
         self._streams.join()
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        own = {s: [tensor.clone() for tensor in stage.replicated()] for s, stage in self.stages.items() if stage.drifts}
+        self._take_mean()
+        yield
+        for s, tensors in own.items():
+            for tensor, kept in zip(self.stages[s].replicated(), tensors):
+                tensor.copy_(kept)
+
+    def _take_mean(self) -> None:
+        """Replicas that have weights of their own all take the mean. A collective call, with nothing in flight."""
+        for stage in self.stages.values():
+            if stage.drifts and isinstance(self.exchange, Pairwise):
+                self.exchange.mean(stage.replicated())
+
+    def _let_go(self) -> None:
+        if self.exchange is not None:
+            self.exchange.stop()
+
+    def _fail(self, error: BaseException) -> None:
+        """What works for the threads has failed."""
+        if self.crew is not None:
+            self.crew.fail(error)
+        else:
+            self._failure = self._failure or error
 
     def _feed(self, parts: MicroBatch) -> None:
         item = self._fed, parts
         self._streams.begin(self._fed)
+        if self.exchange is not None:
+            self.exchange.start()
         if self.crew is not None:
             try:
                 self.crew.put(item)
@@ -185,12 +206,12 @@ class ThreadedRunner(Runner):
         with self._streams.of(m):
             for s, worker in self.workers.items():
                 action = Action(s, Kind.FORWARD, m)
-                self._tell_before(action)
+                self.learner.before(action)
                 outcome = worker.stage.act(Kind.FORWARD, m, *parts)
                 if self.watchers:
-                    with self._watching:
+                    with self.learner.watching():
                         worker.settle(Kind.FORWARD, m, outcome)
-                self._tell_after(action)
+                self.learner.after(action)
                 parts = outcome.given.get(Slot.OUTPUT, ())
         return m
 
@@ -200,64 +221,28 @@ class ThreadedRunner(Runner):
         with self._streams.of(m):
             for s, worker in reversed(list(self.workers.items())):
                 action = Action(s, Kind.BACKWARD, m)
-                self._tell_before(action)
+                self.learner.before(action)
                 outcome = worker.stage.act(Kind.BACKWARD, m, *parts)
-                self._learn(s, worker, m, outcome)
-                self._tell_after(action)
+                if self.gradients is not None:
+                    self.gradients.give(s, m, outcome)
+                elif self.learner.learn(s, m, outcome) and self.exchange is not None:
+                    self.exchange.updated(s)
+                self.learner.after(action)
                 parts = outcome.given.get(Slot.INPUT_GRADIENT, ())
+        if self.gradients is not None:
+            self.gradients.wait(m)
         self._streams.end(m)
+        if self.exchange is not None:
+            self.exchange.done()
 
-    def _learn(self, stage: int, worker: Worker, m: int, outcome: Outcome) -> None:
-        """The gradient of ``m`` is there: hand it over, and step if it is the k-th."""
-        with self._locks[stage], self._streams.turn(stage), self._watching if self.watchers else nullcontext():
-            # The first update makes what the optimizer keeps beside the weights.
-            if self.pace.threads.locked or not worker.optimizer.updates:
-                self.stages[stage].hand_over(m)
-                worker.settle(Kind.BACKWARD, m, outcome)
-                self._update_if_due(stage, worker)
-                return
-        self._update_freely(stage, worker, m, outcome)
-
-    def _update_if_due(self, stage: int, worker: Worker) -> None:
-        self.turns[stage] += 1
-        if self.turns[stage] == self.plan.k:
-            self.turns[stage] = 0
-            action = Action(stage, Kind.UPDATE, worker.optimizer.updates)
-            self._tell_before(action)
-            worker.act(Kind.UPDATE, action.micro_batch)
-            self._tell_after(action)
-
-    def _update_freely(self, stage: int, worker: Worker, m: int, outcome: Outcome) -> None:
-        """An update beside others of the stage; what counts them has its lock."""
-        hands: dict[int, Hand] = self._hands.__dict__.setdefault("of", {})
-        if stage not in hands:
-            hands[stage] = Hand(worker.optimizer)  # this thread's
-        with self._locks[stage], self._watching if self.watchers else nullcontext():
-            self.overlaps[stage] += self._under_way[stage] > 0
-            self._under_way[stage] += 1
-            gradients = self.stages[stage].gradients(m)
-            worker.settle(Kind.BACKWARD, m, outcome)
-        hands[stage].step(gradients)
-        with self._locks[stage], self._watching if self.watchers else nullcontext():
-            self._under_way[stage] -= 1
-            action = Action(stage, Kind.UPDATE, worker.optimizer.updates)
-            self._tell_before(action)
-            made = worker.stage.act(Kind.UPDATE, action.micro_batch)
-            worker.settle(Kind.UPDATE, action.micro_batch, replace(made, steps=False))
-            worker.optimizer.stepped()
-            self._tell_after(action)
-
-    def _tell_before(self, action: Action) -> None:
-        if self.watchers:
-            with self._watching:
-                for watcher in self.watchers:
-                    watcher.before(action)
-
-    def _tell_after(self, action: Action) -> None:
-        if self.watchers:
-            with self._watching:
-                for watcher in self.watchers:
-                    watcher.after(action)
+    def _use(self, stage: int, m: int | None, outcome: Outcome | None) -> None:
+        """A gradient whose turn has come, in the communication thread; None: of a micro-batch that others have."""
+        with self._thread():
+            if m is None or outcome is None:
+                self.learner.skip(stage)
+            else:
+                with self._streams.of(m):
+                    self.learner.learn(stage, m, outcome)
 
     # -- where it is ----------------------------------------------------------------------------------------------------------
 
@@ -273,34 +258,48 @@ class ThreadedRunner(Runner):
     def next_micro_batch(self) -> int:
         return self._fed
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[int, Any]:
+        """Of all replicas, by number. A collective call."""
         self.pause()
-        return {"fed": self._fed, "turns": dict(self.turns)}
+        return dict(gather((self.network.replica, {"fed": self._fed, "turns": dict(self.learner.turns)})))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[int, Any]) -> None:
         """What is in flight, and what failed, is given up."""
         if self.crew is not None:
             self.crew.end()
             self.crew = self._crew(self.crew.threads[1])
         for stage in self.stages.values():
             stage.give_up()
-        self._under_way = dict.fromkeys(self.workers, 0)
+        if self.exchange is not None:
+            self.exchange.forget()
         self._streams = Streams(self.device, self.workers)
         self._losses.clear()
-        self._fed, self.turns = state["fed"], dict(state["turns"])
+        self._failure = None
+        own = state[self.network.replica]
+        self._fed = own["fed"]
+        self.learner.start(own["turns"])
         if self.crew is not None:
             self.crew.fed = self.crew.done = self._fed
         self.end = None
 
-    def rests(self, state: dict[str, Any]) -> bool:
-        return not any(state["turns"].values())
+    def rests(self, state: dict[int, Any]) -> bool:
+        return not any(turns for own in state.values() for turns in own["turns"].values())
 
     def sent_up(self) -> int:
         return 0  # there is no other rank
 
+    def told(self) -> str:
+        return "" if self.exchange is None else " ".join(f"{name}: {n}" for name, n in self.exchange.report().items())
+
     def report(self) -> dict[str, Any]:
+        """A collective call of replicas."""
         if self.crew is None:
             return {}
         forward, backward = self.crew.threads
-        return {"threads": {"forward": forward, "backward": backward, "queue": self.crew.queue, **self.crew.report(),
-                            **({} if self.pace.threads.locked else {"overlapping_updates": list(self.overlaps.values())})}}
+        overlaps = {} if self.pace.threads.locked else {"overlapping_updates": list(self.learner.overlaps.values())}
+        found = {"threads": {"forward": forward, "backward": backward, "queue": self.crew.queue, **self.crew.report(),
+                             **overlaps}}
+        if self.exchange is not None:
+            counts = {"micro_batches": self.through, **self.exchange.report()}
+            found["exchange"] = {"kind": self.pace.exchange.kind, "every": self.pace.exchange.every, "replicas": gather(counts)}
+        return found

@@ -18,7 +18,7 @@ from typing import Any
 
 from ds_decoupled.schedules.actions import Action
 from ds_decoupled.schedules.kinds import Kind
-from ds_decoupled.schedules.layerwise import Threads
+from ds_decoupled.schedules.layerwise import Exchanged, Threads
 from ds_decoupled.schedules.outline import Outline
 from ds_decoupled.schedules.replay import Replay, ReplayOrder
 from ds_decoupled.schedules.turns import Clock
@@ -32,11 +32,13 @@ class OwnPace:
         replay: of their inputs.
         clock: who acts next, on a virtual clock.
         threads: who goes forward and who goes back, where the update is layer-wise.
+        exchange: of their data-parallel replicas.
     """
 
     replay: Replay = Replay()
     clock: Clock = Clock()
     threads: Threads = Threads()
+    exchange: Exchanged = Exchanged()
 
 
 class AsynchronousOrder:

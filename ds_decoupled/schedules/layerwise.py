@@ -63,6 +63,21 @@ class Threads:
         return max(1, min(math.ceil(ratio), MOST_AUTO))
 
 
+@dataclass(frozen=True)
+class Exchanged:
+    """What data-parallel replicas exchange whose threads run free.
+
+    Attributes:
+        kind: ``gossip``, ``average`` or ``allreduce``.
+        every: updates of a stage, or micro-batches, from one exchange to the next.
+        chosen: whether a user asked for it.
+    """
+
+    kind: str = "gossip"
+    every: int = 1
+    chosen: bool = False
+
+
 def _exact(times: Sequence[float] | None, default: int, stages: int) -> list[Fraction]:
     """As they are written, so that sums of them meet where they should."""
     return [Fraction(str(time)) for time in times] if times is not None else [Fraction(default)] * stages

@@ -88,6 +88,8 @@ SHARED = Need("head", lambda head: str(head).partition(":")[0] == "shared", '"he
 #: The object of the codec, which is read before.
 VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq", '"codec": {"forward": "vq"}',
                unmet="another codec forward")
+LOCKED = Need("threads", lambda threads: threads is None or threads.lock == "layer", '"threads": {"lock": "layer"}',
+              unmet='"threads": {"lock": "none"}')
 LENS = Need("head", lambda head: str(head).partition(":")[0] == "lens", '"head": "lens"')
 #: Heads that can be taught alone.
 TAUGHT = Need("head", lambda head: str(head).partition(":")[0] not in ("shared", "reconstruct"),
@@ -174,6 +176,11 @@ ROWS: tuple[Row, ...] = (
         lambda threads: threads is not None and threads.lock == "none", '"lock": "none"'),
     Row("pass_times", (LAYERWISE,), "stages wait for one another", LEAVE_THREADS),
     Row("pass_times", (axis("pace", "clock"),), "passes take their own time", 'Leave it out, or take "pace": "clock".'),
+    Row("exchange", (LAYERWISE,), "replicas average every gradient", LEAVE_THREADS),
+    Row("exchange", (axis("pace", "free"),), "replicas average every gradient", 'Leave it out, or take "pace": "free".'),
+    Row("exchange", (LOCKED,), "updates of a stage come in no order that replicas could share",
+        'Take "lock": "layer", or another exchange.', lambda value: value is not None and value.kind == "allreduce",
+        '"allreduce"'),
     _value("update", "flush", (GLOBAL,), "stages wait for no flush",
            'Leave "update" out; a window of all stages with "losses": "farthest" is backpropagation.'),
     _value("recover", "input", (GLOBAL,), AT_ONCE, 'Leave "recover" out, or take "graph".'),

@@ -1,14 +1,14 @@
-"""Who works in a layer-wise run: the objects ``threads`` and ``pass_times`` of the ``decoupled`` block."""
+"""Who works in a layer-wise run: the objects ``threads``, ``pass_times`` and ``exchange`` of the ``decoupled`` block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.schedules.layerwise import Threads
+from ds_decoupled.schedules.layerwise import Exchanged, Threads
 from ds_decoupled.settings.blocks import STRICT, Words
 from ds_decoupled.settings.kinds import check_choice
 from ds_decoupled.settings.table import BLOCK
@@ -75,6 +75,67 @@ class PassTimes(BaseModel):
 
     forward: Times = None
     backward: Times = None
+
+
+ExchangeKind = Literal["gossip", "average", "allreduce"]
+
+#: Micro-batches from one average to the next, as LAPSGD has it (arXiv 2410.05985).
+AVERAGE_EVERY = 16
+
+
+def or_kind(value: Any) -> Any:
+    """A kind alone is an object of it."""
+    if isinstance(value, str):
+        check_choice(BLOCK, value, get_args(ExchangeKind))
+        return {"kind": value}
+    if value is not None and not isinstance(value, Mapping | BaseModel):
+        raise ValueError('"gossip", "average" or "allreduce" in quotes is needed, or an object such as {"kind": "average"}')
+    return value
+
+
+class ExchangeSettings(BaseModel):
+    """What data-parallel replicas exchange, see :mod:`ds_decoupled.links.exchange`.
+
+    Attributes:
+        kind: ``gossip``: a stage that has stepped, with another replica; ``average``: all stages, with all replicas;
+            ``allreduce``: every gradient, before it is used.
+        every: updates of a stage (gossip), or micro-batches (average), from one exchange to the next.
+    """
+
+    model_config = STRICT
+
+    kind: Annotated[ExchangeKind, Words(hint="Take one of these.")]
+    every: Annotated[int | None, Field(ge=1, le=1_000_000), Words(
+        "a number of updates or micro-batches, at least 1", "Leave it out for 1 (gossip) or 16 (average).")] = None
+
+    @field_validator("every", mode="after")
+    @classmethod
+    def _of_weights(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("kind") == "allreduce":
+            raise ConfigError(BLOCK, value, "gradients are averaged at every update", 'Leave "every" out.')
+        return value
+
+
+#: Settings that a preset brings, unless the block has others.
+WORKERS = {"hogwild": 2, "lapsgd": 2}
+EXCHANGED: dict[str, ExchangeKind] = {"lapsgd": "average"}
+
+
+def with_workers(block: Any) -> Any:
+    """A block whose method is one of workers has them, unless it says who goes forward and back, or is layer-wise no more."""
+    if not isinstance(block, Mapping) or block.get("method") not in WORKERS or block.get("update") not in (None, "layerwise"):
+        return block
+    threads = block.get("threads", {})
+    if not isinstance(threads, Mapping) or threads.keys() & {"forward", "backward", "queue", "workers"}:
+        return block
+    return {**block, "threads": {**threads, "workers": WORKERS[block["method"]]}}
+
+
+def exchanged(method: str, chosen: ExchangeSettings | None) -> Exchanged:
+    """The same for those who work with it; where nothing was chosen, the method's own, or gossip."""
+    kind = EXCHANGED.get(method, "gossip") if chosen is None else chosen.kind
+    every = None if chosen is None else chosen.every
+    return Exchanged(kind, every or (AVERAGE_EVERY if kind == "average" else 1), chosen is not None)
 
 
 def threads_of(threads: ThreadSettings, times: PassTimes) -> Threads:

@@ -19,7 +19,12 @@ class ThreadedStage(LayerwiseStage):
     micro-batches may run at the same time; :meth:`gradients` and :meth:`hand_over` are for one thread at a time.
 
     With ``"weights": "stashed"`` a slot keeps the values of the forward pass: copies that nobody else sees.
+
+    Attributes:
+        drifts: whether data-parallel replicas have weights of their own, which a checkpoint keeps for each.
     """
+
+    drifts = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,6 +73,20 @@ class ThreadedStage(LayerwiseStage):
                 p.grad = grad
             else:
                 p.grad.add_(grad)
+
+    def replicated(self) -> list[Tensor]:
+        """What replicas have of their own where they drift: trained weights, and numbers that layers keep beside them."""
+        modules = dict.fromkeys(m for layer in self.layers if isinstance(layer, nn.Module) for m in layer.modules())
+        buffers = {id(b): b for m in modules for b in m.buffers(recurse=False) if b.is_floating_point()}
+        return [*(p.data for p in self.trainable), *buffers.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **({"replicated": self.replicated()} if self.drifts else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for tensor, saved in zip(self.replicated(), state.get("replicated", ())):
+            tensor.copy_(saved)
 
     def give_up(self) -> None:
         """Forget whatever is in flight."""

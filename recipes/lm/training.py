@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         **before,
         validation_loss=validation[-1],
         perplexity=perplexity(validation[-1]),
-        curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation},
+        curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation, "seconds": trained.progress.seconds},
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
         sample=text,
     )

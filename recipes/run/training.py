@@ -38,24 +38,28 @@ class Progress:
         train_loss: mean over the stretch's micro-batches that finished; nan if none did.
         score: the test's; nan where none was made.
         stages: of every stage with a loss of its own, the loss and accuracy of its head; empty for other methods.
+        seconds: spent on training alone by the end of the stretch, since the very first.
     """
 
     updates: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
     stages: list[list[dict[str, float]]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         """Updates made so far."""
         return self.updates[-1] if self.updates else 0
 
-    def add(self, updates: int, train_loss: float, score: float, stages: list[dict[str, float]] | None = None) -> None:
-        """One more stretch."""
+    def add(self, updates: int, train_loss: float, score: float, stages: list[dict[str, float]] | None = None,
+            seconds: float = 0.0) -> None:
+        """One more stretch; ``seconds``: that it took."""
         self.updates.append(updates)
         self.train_loss.append(train_loss)
         self.score.append(score)
         self.stages.append(stages or [])
+        self.seconds.append((self.seconds[-1] if self.seconds else 0.0) + seconds)
 
     def stage_curves(self, name: str) -> dict[str, list[float]]:
         """The ``name`` (loss or accuracy) of each stage's head, by stage; empty where stages have no loss of their own."""
@@ -110,9 +114,10 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         last = number == len(ends)
         start = time.perf_counter()
         loss = _stretch(engine, loader, end - progress.done, bar, trial)
-        seconds += time.perf_counter() - start
+        took = time.perf_counter() - start
+        seconds += took
         metrics = engine.stage_metrics()
-        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics)
+        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics, took)
         if args.save_checkpoint and (last or (args.save_every and number % args.save_every == 0)):
             # Before the drain, so that a longer run goes on as if it had not been stopped.
             engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}",
@@ -121,7 +126,9 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         if last:
             start = time.perf_counter()
             engine.drain()
-            seconds += time.perf_counter() - start
+            drained = time.perf_counter() - start
+            seconds += drained
+            progress.seconds[-1] += drained
             progress.score[-1] = test()
         bar.set_postfix_str(show(progress))
     bar.close()

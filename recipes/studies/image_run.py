@@ -28,18 +28,29 @@ from studies.image_settings import ImageStudy
 from studies.results import Kind, Results
 
 
-def prepare(study: ImageStudy, path: Path) -> int:
-    """Read and decode the images once, for all runs: they lie in ``path`` then. Returns the updates of every stage of a run.
+def decode(data: str, images: int, image_size: int, path: Path) -> ImageData:
+    """Read and decode images once, for all runs of a study: they lie in ``path`` then.
+
+    Args:
+        data: as ``data.images.load_images`` takes it.
+        images: the first so many are trained on; 0 for all.
 
     Raises:
         ConfigError: for data that cannot be read, or are read one by one while training.
     """
-    images = load_images(study.data, image_size=study.image_size)
-    if not isinstance(images.train, TensorImages):
-        raise ConfigError("--data", study.data, "large images, which are decoded again and again", "Take small ones")
-    train = images.train.first(study.images) if study.images else images.train
-    torch.save(ImageData(train, images.test, images.num_classes, images.image_size, images.form), path)
-    return study.epochs * len(MicroBatches(train, study.micro_batch, seed=0))
+    found = load_images(data, image_size=image_size)
+    if not isinstance(found.train, TensorImages):
+        raise ConfigError("--data", data, "large images, which are decoded again and again", "Take small ones")
+    train = found.train.first(images) if images else found.train
+    decoded = ImageData(train, found.test, found.num_classes, found.image_size, found.form)
+    torch.save(decoded, path)
+    return decoded
+
+
+def prepare(study: ImageStudy, path: Path) -> int:
+    """:func:`decode` for an image study. Returns the updates of every stage of a run."""
+    decoded = decode(study.data, study.images, study.image_size, path)
+    return study.epochs * len(MicroBatches(decoded.train, study.micro_batch, seed=0))
 
 
 class ImageRun(Protocol):

@@ -42,6 +42,7 @@ class Kind(Generic[S]):
         result: the entry that a run has if it was done.
         said: a done run in a few words.
         unit: of what is counted while it trains.
+        ranks: processes of a run, a core each where there are several; the first one's results count.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kind(Generic[S]):
     result: str
     said: Callable[[Mapping[str, Any]], str]
     unit: str = "micro-batch"
+    ranks: int = 1
 
 
 class Results(Generic[S]):
@@ -112,14 +114,15 @@ def _execute(settings: list[S], study: Any, kind: Kind[S], steps: int, jobs: int
         while waiting or running:
             while waiting and len(running) < jobs:
                 setting = waiting.pop()
-                world = ends.enter_context(World(1, kind.task, setting, study, threads=threads))
+                world = ends.enter_context(World(kind.ranks, kind.task, setting, study, threads=threads,
+                                                 pinned=kind.ranks > 1))
                 running[world] = setting, 0
             for world in first_to_speak(running):
                 setting, done = running[world]
                 try:
-                    [value] = world.answers()
+                    value = world.answers()[0]
                 except WorldFailed as failure:
-                    value = {"error": failure.errors[0]}
+                    value = {"error": next(error for error in failure.errors if error is not None)}
                 if isinstance(value, int):  # so many are through
                     bar.update(value - done)
                     running[world] = setting, value

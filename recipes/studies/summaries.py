@@ -25,7 +25,7 @@ DIFFERENCES: dict[str, Callable[[Run], str]] = {
     "lora": lambda run: f"LoRA {run['lora_rank']}" if run.get("lora_rank") else "",
     "seed": lambda run: f"seed {run['seed']}",
     **{name: _setting(name) for name in ("window", "losses", "head", "transport", "weights", "codec", "vq", "pace", "replay",
-                                         "slow_down")},
+                                         "slow_down", "threads", "exchange")},
 }
 """What a run may be told apart by, beside its method."""
 
@@ -76,7 +76,7 @@ def read_run(path: Path) -> Run:
             raise ConfigError("summaries", str(path), f"it holds no summary of a run: {what}", hint)
         if run[name] is None and name != "bytes_sent_per_sample":
             run[name] = math.nan
-    for name in (result, "tokens"):
+    for name in (result, "tokens", "seconds"):
         curve = run["curves"].get(name, None if name == result else [])
         if not isinstance(curve, list) or not all(isinstance(value, MISSING_OR_NUMBER) for value in curve):
             raise ConfigError("summaries", str(path), f"it holds no summary of a run: its curve {name!r} is no list of numbers",
