@@ -37,6 +37,11 @@ def run(recipe: str, folder: Path, *arguments: str | Path, ranks: int = 1) -> di
     return loaded
 
 
+def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
+    """Its curves that are the same in every run."""
+    return {name: curve for name, curve in summary["curves"].items() if name != "seconds"}
+
+
 def config_file(folder: Path, method: str, k: int = 2, **block: Any) -> Path:
     """A DeepSpeed JSON file for language models, micro-batches of 4."""
     path = folder / f"{method}.json"

@@ -39,8 +39,8 @@ def test_unknown_kind_lists_the_known_ones() -> None:
 
 def test_kinds() -> None:
     assert {k.letter for k in KINDS.values() if k.is_backward} == {"B", "C", "R"}
-    assert {k.letter for k in KINDS.values() if k.is_send} == {"SA", "SG", "SR"}
-    assert {k.letter for k in KINDS.values() if k.is_recv} == {"RA", "RG", "RR"}
+    assert {k.letter for k in KINDS.values() if k.is_send} == {"SA", "SG", "SR", "SL"}
+    assert {k.letter for k in KINDS.values() if k.is_recv} == {"RA", "RG", "RR", "RL"}
     for kind in KINDS.values():
         if kind.moves:
             assert matching(kind).moves not in (None, kind.moves) and matching(matching(kind)) is kind

@@ -191,6 +191,8 @@ dgl                local      graph        current  delayed    stream  (0, 1)
 overlapping        local      graph        current  delayed    stream  (0, 1)
 dgl_async          local      graph        current  delayed    replay  (0, 1)
 pd_asgd            global     graph        current  layerwise  stream  (0, 1)
+hogwild            global     graph        current  layerwise  stream  (0, 1)
+lapsgd             global     graph        current  layerwise  stream  (0, 1)
 auxnet_penalty     auxiliary  graph        current  delayed    auxnet  (0, 1)
 auxnet_lagrangian  auxiliary  graph        current  delayed    auxnet  (0, 1)
 """

@@ -35,7 +35,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "torch.optim.Optimizer": ("_optimizer_step_post_hooks", "_optimizer_step_pre_hooks"),
     "torch.optim.lr_scheduler.LRScheduler": ("_opt_called", "_wrapped_by_lr_sched"),
     "transformers.PretrainedConfig": ("_attn_implementation",),
-    "transformers.PreTrainedModel": ("_from_config", "_init_weights"),
+    "transformers.PreTrainedModel": ("_from_config", "_init_weights", "_keys_to_ignore_on_load_missing",
+                                     "_keys_to_ignore_on_load_unexpected"),
     "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
 }
 

@@ -14,6 +14,8 @@ import recipe_runs
 import worlds
 from tiny_lm import save_tiny
 
+from run.options import yes_or_no
+
 RECIPES = ["train_resnet", "train_lm", "finetune_lm", "delay_study", "benchmark", "compare_runs"]
 SET_BY_THE_LAUNCHER = {"local_rank"}
 
@@ -42,7 +44,7 @@ def test_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         if action.dest in SET_BY_THE_LAUNCHER:
             continue
         assert action.type not in (int, float), f"{action.dest} takes any number"
-        if action.type in (None, str, Path) or not callable(action.type):
+        if action.type in (None, str, Path, yes_or_no) or not callable(action.type):
             continue
         seen += 1
         option, rounds = action.option_strings[0], action.type.__qualname__.startswith("whole.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import worlds
-from recipe_runs import config_file, launch, run
+from recipe_runs import config_file, launch, run, without_seconds
 from tiny_lm import TEXT, save_words, tiny_config, validation_loss
 
 from data.text import read_text
@@ -71,7 +71,7 @@ def test_resumes(method: str, ranks: int, tmp_path: Path, text: Path) -> None:
     assert (saved / "latest").read_text() == "update12"
     (saved / "latest").write_text("update4")
     resumed = run("train_lm", tmp_path, *arguments, "--resume", saved, ranks=ranks)
-    assert resumed["curves"] == whole["curves"]
+    assert without_seconds(resumed) == without_seconds(whole)
     assert resumed["samples_per_second"] > 0
 
 

@@ -39,6 +39,7 @@ class SignFamily:
                 yield Action(action.stage, AVERAGE, action.micro_batch)
 
     sends_gradient = staticmethod(global_gradient.sends_gradient)
+    gradient_kind = staticmethod(global_gradient.gradient_kind)
 
 
 # ... and a stage with its handler.

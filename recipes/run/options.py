@@ -56,7 +56,7 @@ def number(least: float, most: float = math.inf, *, above: bool = False, below: 
 def yes_or_no(text: str) -> bool:
     """Reads true or false, as TRL's command line has it."""
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a truth value: give true or false")
     return text.lower() == "true"
 
 

@@ -33,7 +33,7 @@ def told(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         found[f"--{name}"] = Path(value).name if name in PLACES and value else value
     blocks = {name: setup.config[name] for name in ("optimizer", "scheduler") if name in setup.config}
     rate = blocks.get("optimizer", {}).get("params", {}).get("lr")
-    return json.loads(json.dumps({**found, **blocks, "--lr": rate}, default=str))
+    return json.loads(json.dumps({**found, **blocks, **setup.counted_in, "--lr": rate}, default=str))
 
 
 def note(args: argparse.Namespace, setup: Setup, folder: str, tag: str) -> None:
@@ -54,6 +54,8 @@ def check(args: argparse.Namespace, setup: Setup) -> None:
     except (OSError, ValueError):  # no checkpoint, which loading it says better, or one from before this file was written
         return
     here = told(args, setup)
+    if any(here[name] != saved.get(name, here[name]) for name in setup.counted_in):
+        return  # loading says that, and the default rate depends on it
     for name in sorted(here.keys() & saved.keys(), key=lambda name: not name.startswith("--")):
         if here[name] != saved[name]:
             raise ConfigError(name, here[name], f"the run that --resume goes on from had {saved[name]!r}, and a resumed run "
