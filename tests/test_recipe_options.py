@@ -52,7 +52,8 @@ def test_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             with pytest.raises(SystemExit) as end:
                 parser.parse_args([*needed, f"{option}={text}"])
             said = capsys.readouterr().err.splitlines()[-1]
-            assert end.value.code == 2 and f"argument {option}: {text!r} is not a " in said, said
+            names = "/".join(action.option_strings)
+            assert end.value.code == 2 and f"argument {names}: {text!r} is not a " in said, said
             assert "at least" in said or "above" in said
     assert seen > 5 or recipe == "compare_runs"
 
