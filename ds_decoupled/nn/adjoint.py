@@ -2,8 +2,8 @@
 
 The multiplier of a stage's output stands for the loss's gradient there. Of the output alone there is little to predict: where
 the model is calibrated, the mean of that gradient over the labels that an input may have is zero. With the label it is what a
-small network can learn, as in conditional decoupled neural interfaces (arXiv 1608.05343, "cDNI"): on CIFAR-10 the cosine of the
-lowest stage's gradient to the exact one goes from 0.1 to 0.4 (docs/auxnet.md). Labels travel with the inputs anyhow.
+small network can learn, as in conditional decoupled neural interfaces (arXiv 1608.05343, "cDNI"): on CIFAR-10 the cosine of
+the lowest stage's gradient to the exact one goes from 0.1 to 0.4 (docs/auxnet.md). Labels travel with the inputs anyhow.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ The target is ``lambda``, and in later sweeps of the penalty method ``lambda^``.
 them open); the scale, which makes betas mean the same at every layer, is too. With ``eta = 1`` the next kappa is ``-r p``.
 
 v follows z. Were it the first micro-batch's, layer and AuxNet would come together by shrinking what both give, which costs
-nothing: on CIFAR-10 the variance of z fell to a tenth and the mismatch stayed above the spread of what was left (docs/auxnet.md).
+nothing: on CIFAR-10 the variance of z fell to a tenth, and the mismatch stayed above the spread of what was left
+(docs/auxnet.md).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class AuxNetSetting:
             if self.serial_epochs:
                 auxnet["serial_from"] = updates - self.serial_epochs * (updates // study.epochs)
             block |= {"stages": self.stages, "partition": "uniform", "track_gradients": max(1, updates // 25), "auxnet": auxnet}
-        return {**sgd(study), "decoupled": block}
+        return {**sgd(study.micro_batch, study.lr), "decoupled": block}
 
 
 def settings(methods: list[str], stages: list[int], given: dict[str, float], swept: dict[str, list[float]],

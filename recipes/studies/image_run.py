@@ -80,12 +80,7 @@ def train(setting: ImageRun, study: ImageStudy, images: ImageData, progress: Cal
     batches = MicroBatches(images.train, study.micro_batch, seed=setting.seed)
     updates = study.epochs * len(batches)
     config = setting.config(study, updates)
-    sample = torch.zeros(study.micro_batch, 3, study.image_size, study.image_size)
-    layers = build_model(study.model, data=images.form, num_classes=images.num_classes, width=study.width)
-    model = ds_decoupled.DecoupledPipelineModule(layers, config=copy.deepcopy(config), num_stages=1, sample_input=sample,
-                                                 loss_fn=nn.CrossEntropyLoss(), base_seed=setting.seed)
-    engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model),
-                                         lr_scheduler=lr_schedule("cosine", updates, round(0.05 * updates)))
+    engine = engine_of(study.model, study.width, config, images, updates, setting.seed)
     generated, epochs = getattr(getattr(engine, "axes", None), "input", "") == "auxnet", []
     start = time.perf_counter()
     done = calls = 0
@@ -101,17 +96,31 @@ def train(setting: ImageRun, study: ImageStudy, images: ImageData, progress: Cal
             epochs.append([row["mismatch"] for row in engine.stage_metrics() if "mismatch" in row])
     engine.drain()
     seconds = time.perf_counter() - start
-    found: dict[str, Any] = {"test_accuracy": _accuracy(engine, images, study.micro_batch), "seconds": seconds, "calls": calls}
+    found: dict[str, Any] = {"test_accuracy": accuracy_of(engine, images, study.micro_batch), "seconds": seconds,
+                             "calls": calls}
     summary = engine.decoupled_summary()
     if generated:
         stages = len(summary["stage_layers"])
-        found |= {"accuracy_from_stage": [_accuracy(engine, images, study.micro_batch, from_stage=s) for s in range(stages)],
+        found |= {"accuracy_from_stage": [accuracy_of(engine, images, study.micro_batch, from_stage=s) for s in range(stages)],
                   "mismatch": epochs, "share": summary["auxnet"]["share"],
                   "cosines": summary.get("gradient_tracker", [])}
     return {**found, "updates": summary["updates"], "replay": summary.get("replay", [])}
 
 
-def _accuracy(engine: Any, images: ImageData, micro_batch: int, **options: Any) -> float:
+def engine_of(name: str, width: int, config: dict[str, Any], images: ImageData, updates: int, seed: int) -> Any:
+    """The engine that trains model ``name`` on ``images``; its rate is warmed up for a twentieth of the updates, and then falls
+    by a cosine."""
+    sample = torch.zeros(config["train_micro_batch_size_per_gpu"], 3, images.image_size, images.image_size)
+    layers = build_model(name, data=images.form, num_classes=images.num_classes, width=width)
+    model = ds_decoupled.DecoupledPipelineModule(layers, config=copy.deepcopy(config), num_stages=1, sample_input=sample,
+                                                 loss_fn=nn.CrossEntropyLoss(), base_seed=seed)
+    engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model),
+                                         lr_scheduler=lr_schedule("cosine", updates, round(0.05 * updates)))
+    return engine
+
+
+def accuracy_of(engine: Any, images: ImageData, micro_batch: int, **options: Any) -> float:
+    """The share of the test images that are classified rightly; ``options`` are of ``eval_batch``."""
     count = len(images.test.labels)
     logits = run.evaluation.evaluate(engine, in_order(images.test, micro_batch), -(-count // micro_batch), compute_loss=False,
                                      **options)

@@ -63,14 +63,14 @@ class ImageSetting:
             block = {"stages": "blocks", "head": "mlp", **block}
         if block["method"] == "dgl_async":
             block = {"pace": "clock", "stop_after": [updates] * J, "clock": {"seed": self.seed}, **block}
-        return {**sgd(study), "decoupled": block}
+        return {**sgd(study.micro_batch, study.lr), "decoupled": block}
 
 
-def sgd(study: ImageStudy) -> dict[str, Any]:
+def sgd(micro_batch: int, lr: float) -> dict[str, Any]:
     """What every run's JSON says of batches and the optimizer."""
-    return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
+    return {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0, "steps_per_print": 10**9,
-            "optimizer": {"type": "SGD", "params": {"lr": study.lr, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}}
+            "optimizer": {"type": "SGD", "params": {"lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}}
 
 
 def _text(**block: Any) -> str:

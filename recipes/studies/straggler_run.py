@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +10,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
 
-import ds_decoupled
-import run.evaluation
-from data.micro_batches import Batch, MicroBatches, in_order
+from data.micro_batches import Batch, MicroBatches
 from data.samples import ImageData
 from ds_decoupled.collectives import gather
-from ds_decoupled.models.registry import build_model
-from run.rates import lr_schedule, parameter_groups
 from run.worlds import Parent
+from studies.image_run import accuracy_of, engine_of
+from studies.image_settings import sgd
 
 REPLICAS = 2
 WARM, TIMED = 5, 20
@@ -81,11 +77,7 @@ class Straggler:
 
     def config(self, study: StragglerStudy) -> dict[str, Any]:
         """The DeepSpeed JSON."""
-        return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0, "steps_per_print": 10**9,
-                "optimizer": {"type": "SGD", "params": {"lr": study.lr, "momentum": 0.9, "nesterov": True,
-                                                        "weight_decay": 5e-4}},
-                "decoupled": dict(LINES[self.line])}
+        return {**sgd(study.micro_batch, study.lr), "decoupled": dict(LINES[self.line])}
 
     def shares(self, micro_batches: int) -> tuple[int, int]:
         """Micro-batches of each replica: as many as one gets done while the other does its own.
@@ -129,12 +121,7 @@ def train(setting: Straggler, study: StragglerStudy, images: ImageData) -> dict[
     updates = WARM + TIMED + own
     batches = Slowed(MicroBatches(images.train, study.micro_batch, seed=setting.seed, replica=replica, replicas=REPLICAS))
     config = setting.config(study)
-    sample = torch.zeros(study.micro_batch, 3, study.image_size, study.image_size)
-    layers = build_model("cnn6", data=images.form, num_classes=images.num_classes, width=study.width)
-    model = ds_decoupled.DecoupledPipelineModule(layers, config=copy.deepcopy(config), num_stages=1, sample_input=sample,
-                                                 loss_fn=nn.CrossEntropyLoss(), base_seed=setting.seed)
-    engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model),
-                                         lr_scheduler=lr_schedule("cosine", updates, round(0.05 * updates)))
+    engine = engine_of("cnn6", study.width, config, images, updates, setting.seed)
 
     def calls(count: int) -> float:
         """Seconds that they take until nothing is in flight, on the slowest replica."""
@@ -150,13 +137,8 @@ def train(setting: Straggler, study: StragglerStudy, images: ImageData) -> dict[
     if replica == 1 and setting.delay:
         batches.seconds = (1 + setting.delay) * batch_seconds
     seconds = max(gather(calls(own)))
-    count = len(images.test.labels)
-    logits = run.evaluation.evaluate(engine, in_order(images.test, study.micro_batch), -(-count // study.micro_batch),
-                                     compute_loss=False)
-    assert logits is not None
-    right = torch.cat(logits)[:count].argmax(dim=1).cpu() == images.test.labels
     rate = study.micro_batches / seconds
-    return {"test_accuracy": right.float().mean().item(), "seconds": seconds, "batch_seconds": batch_seconds,
+    return {"test_accuracy": accuracy_of(engine, images, study.micro_batch), "seconds": seconds, "batch_seconds": batch_seconds,
             "samples_per_second": rate * study.micro_batch, "batches_per_batch_time": rate * batch_seconds,
             "micro_batches": gather(own), "exchange": engine.decoupled_summary().get("exchange")}
 
