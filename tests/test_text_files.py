@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from data.windows import Corpus
 from ds_decoupled.errors import ConfigError
 
 ROWS = "\n".join(json.dumps({"text": text, "source": 1}) for text in ("eins", "zwei\ndrei", "vier\u2028fünf")) + "\n\n"
+zipped = partial(gzip.compress, mtime=0)  # else names of tests have the time in them, and two workers collect different ones
 TEXTS = ["eins", "zwei\ndrei", "vier\u2028fünf"]
 
 
 @pytest.mark.parametrize("name, content, texts", [
-    ("a.txt.gz", gzip.compress("Küche".encode()), ["Küche"]),
-    ("a.gz", gzip.compress(b"words"), ["words"]),
+    ("a.txt.gz", zipped("Küche".encode()), ["Küche"]),
+    ("a.gz", zipped(b"words"), ["words"]),
     ("a.jsonl", ROWS.encode(), TEXTS),
-    ("a.ndjson.gz", gzip.compress(ROWS.encode()), TEXTS),
+    ("a.ndjson.gz", zipped(ROWS.encode()), TEXTS),
     ("a.cpp", b"int main", ["int main"]),
 ])
 def test_files(name: str, content: bytes, texts: list[str], tmp_path: Path) -> None:
@@ -42,8 +44,8 @@ def test_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.gz", b"words", "cannot be unpacked as gzip"),
-    ("a.txt.gz", gzip.compress(b"words" * 1000)[:-20], "cannot be unpacked as gzip"),
-    ("a.gz", gzip.compress("Küche".encode("latin-1")), "no UTF-8 text: byte 1"),
+    ("a.txt.gz", zipped(b"words" * 1000)[:-20], "cannot be unpacked as gzip"),
+    ("a.gz", zipped("Küche".encode("latin-1")), "no UTF-8 text: byte 1"),
     ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2 is no JSON"),
     ("a.jsonl", b'"one"\n', "line 1 is a str, and an object"),
     ("a.jsonl", b'{"text": "one"}\n{"words": "two"}', r"the text of row 1 is missing; its columns are \['words'\]"),
@@ -51,7 +53,7 @@ def test_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("a.jsonl", b"\n", "it is empty"),
     ("a.json", b'[{"text": "one"}]', "by its name it is JSON"),
     ("a.csv", b"text\none", "by its name it is a table"),
-    ("a.html.gz", gzip.compress(b"<p>"), "a page with its markup"),
+    ("a.html.gz", zipped(b"<p>"), "a page with its markup"),
     ("a.parquet", b"words", "no data set can be loaded from it"),
 ])
 def test_no_text(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_no_text(name: str, content: bytes, words: str, tmp_path: Path) -> None:
 def test_folders(files: dict[str, Any], texts: list[str], note: str, tmp_path: Path) -> None:
     """Rows are the data where there are any; what was passed over is said."""
     for name, content in files.items():
-        (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+        (tmp_path / name).write_bytes(zipped(content.encode()) if name.endswith("gz") else content.encode())
     found = read_text(str(tmp_path))
     assert found == texts and found.note == note
 
