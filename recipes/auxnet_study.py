@@ -27,7 +27,7 @@ from run.places import check_file
 from run.tables import environment, headline
 from studies.auxnet_report import accuracy_table, draw
 from studies.auxnet_settings import METHODS, SWEPT, AuxNetSetting, settings
-from studies.image_run import fill
+from studies.image_run import fill, image_kind
 from studies.image_settings import ImageStudy
 
 SIZES = {"images": (0, COUNT, "trained on, of those there are; 0 for all"), "width": (1, 4096, "of the first layer"),
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_file("--output", args.output)
         for setting in wanted:
             parse_block(setting.config(study, 1))
-        results = fill("AuxNet study", args.output, study, wanted, AuxNetSetting, args.jobs)
+        results = fill(image_kind("AuxNet study", AuxNetSetting), args.output, study, wanted, args.jobs)
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:

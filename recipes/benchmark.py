@@ -11,6 +11,7 @@
     python recipes/benchmark.py codecs                what codecs cost: bytes, error, time beside a stage's forward pass
     python recipes/benchmark.py long --updates 5000   what a rank holds over thousands of updates: all of it should be flat
     python recipes/benchmark.py pace --model resnet18 what a slow rank costs the fast one
+    python recipes/benchmark.py sharing               ways to give one model all cores: threads, workers, data parallelism
 
 On CPU, with one core and one thread a rank. All worlds of one k are alive at once and take turns, round by round, so that
 noise of the machine hits all alike; ratios are taken within a round, and medians over the rounds. Timings leave out
@@ -40,9 +41,10 @@ from bench.long import long
 from bench.memory import memory
 from bench.models import GPTS, NAMES, Model, make_model
 from bench.pace import PACE_METHODS, pace
-from bench.plan import METHODS
+from bench.plan import METHODS, SHARING
 from bench.precision import DEPTHS, precision
 from bench.reconstruction import reconstruction
+from bench.sharing import sharing
 from bench.speed import speed
 from ds_decoupled.config import PRESETS
 from ds_decoupled.errors import ConfigError
@@ -63,7 +65,7 @@ FIGURES = {
     "depth": ("length", "micro_batch", "width"), "reconstruction": ("width", "image_size", "micro_batch"),
     "precision": ("length", "micro_batch", "width"), "heads": ("model", "width", "image_size", "micro_batch"),
     "codecs": ("width", "image_size", "micro_batch", "repeats"), "long": ("updates", "methods", "ranks"),
-    "pace": (*SIZES, "methods", "repeats", "calls"),
+    "pace": (*SIZES, "methods", "repeats", "calls"), "sharing": (*SIZES, "methods", "repeats", "calls"),
 }
 """Which options each figure takes."""
 OF_IMAGES, OF_TEXT = ("image_size",), ("blocks", "length")
@@ -122,9 +124,9 @@ def _fill_in(args: argparse.Namespace) -> None:
     small = args.figure in ("depth", "precision")
     model = args.model or DEFAULTS["model"]
     usual = [name for name, method in METHODS.items() if not method.extra]
-    methods = {"long": list(PRESETS), "pace": list(PACE_METHODS)}.get(args.figure, usual)
+    methods = {"long": list(PRESETS), "pace": list(PACE_METHODS), "sharing": list(SHARING)}.get(args.figure, usual)
     defaults = DEFAULTS | {"methods": methods, "micro_batch": 2 if small else 8 if model in GPTS else 32,
-                           "calls": 20 if args.figure == "pace" else 1,
+                           "calls": {"pace": 20, "sharing": 50}.get(args.figure, 1),
                            "length": {"depth": 32, "precision": 64}.get(args.figure, 128)} | (QUICK if args.quick else {})
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -184,6 +186,9 @@ def figure(args: argparse.Namespace, model: Model, output: Path) -> tuple[str, s
     if args.figure == "pace":
         text, found = pace(model, args.methods, args.repeats, args.calls)
         return text, f"{model.describe()}, P = 2, k = 1; medians of {args.repeats} rounds of {args.calls} calls", found
+    if args.figure == "sharing":
+        text, found = sharing(model, args.methods, args.repeats, args.calls)
+        return text, f"{model.describe()}, every batch an update; medians of {args.repeats} rounds of {args.calls} calls", found
     width = args.width or 64
     if args.figure == "precision":
         text, found = precision(args.micro_batch, args.length, width, (1, 2) if args.quick else DEPTHS)

@@ -27,7 +27,7 @@ from run.options import COUNT, SEEDS, number, refuse_unused, whole
 from run.places import check_file, check_picture
 from run.tables import environment, headline
 from studies.image_report import codec_table, delay_table, draw
-from studies.image_run import fill
+from studies.image_run import fill, image_kind
 from studies.image_settings import CODECS, ImageSetting, ImageStudy, J, compression, delays
 
 SIZES = {"images": (0, COUNT, "trained on, of those there are; 0 for all"), "width": (1, 4096, "of the first layer"),
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_picture("--plot", plot)
         for setting in wanted:
             parse_block(setting.config(study, 1))
-        results = fill("image study", output, study, wanted, ImageSetting, args.jobs)
+        results = fill(image_kind("image study", ImageSetting), output, study, wanted, args.jobs)
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:

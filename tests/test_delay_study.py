@@ -62,9 +62,18 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         delay_study.main([*arguments, "--micro_batches", "13"])
 
 
+def test_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No hops between stages that share their threads; the delay is what it came to."""
+    output = tmp_path / "study.json"
+    delay_study.main([*TINY, "--methods", "pd_asgd", "--stages", "2", "--hops", "0,1", "1,1", "--optimizers", "adamw",
+                      "--output", str(output)])
+    made, = json.loads(output.read_text())["runs"]
+    assert len(made["staleness"]) == 2 and f"| adamw | pd_asgd | 2 | – | {made['staleness'][0]:.3g} |" in capsys.readouterr().out
+
+
 def run(method: str, loss: float, **setting: Any) -> tuple[Setting, dict[str, Any]]:
     made = Setting(**{"method": method, "stages": 8, "hops": (0, 1), "k": 1, "optimizer": "muon", "lr": 1e-3, **setting})
-    return made.simplified(), {"validation_loss": loss, "reconstruction_error": None}
+    return made.simplified(), {"validation_loss": loss, "reconstruction_error": None, "seconds": 2.0}
 
 
 def test_gaps_are_to_the_best_backpropagation_of_the_same_optimizer_and_k() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from ds_decoupled.nn import ReversibleCoupling
@@ -21,7 +22,16 @@ Loss = Callable[[Any, Any], Tensor]
 
 def backprop_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD], loss: Loss) -> Callable[[], None]:
     """One call: k micro-batches forward and back through all layers, one step."""
-    model = nn.Sequential(*layers)
+    return _whole_updates(nn.Sequential(*layers), batches, k, sgd, loss)
+
+
+def data_parallel_loop(layers: list[nn.Module], batches: Batches, k: int, sgd: Callable[..., SGD],
+                       loss: Loss) -> Callable[[], None]:
+    """As :func:`backprop_loop`, in each of several processes: torch's DDP averages gradients, in each backward pass."""
+    return _whole_updates(DistributedDataParallel(nn.Sequential(*layers)), batches, k, sgd, loss)
+
+
+def _whole_updates(model: nn.Module, batches: Batches, k: int, sgd: Callable[..., SGD], loss: Loss) -> Callable[[], None]:
     optimizer = sgd(model.parameters())
 
     def call() -> None:

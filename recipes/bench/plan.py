@@ -21,6 +21,7 @@ class Method:
         copies: on several ranks, each runs the whole of it for itself: as much as the machine's cores can do side by side.
         extra: runs only where it is asked for.
         all_cores: its threads run on all of the machine's cores, where a rank of others has one.
+        split_operations: those threads are torch's own, which share every operation; else each thread has whole ones.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Method:
     copies: bool = False
     extra: bool = False
     all_cores: bool = False
+    split_operations: bool = False
 
 
 def _ours(label: str, cost: str, method: str, extra: bool = False, **block: Any) -> Method:
@@ -50,6 +52,9 @@ METHODS: dict[str, Method] = {
     "bare-backprop-copies": Method("backpropagation, a bare loop on each core", "bare-backprop", one_rank=False, copies=True),
     "bare-petra-copies": Method("PETRA, a bare loop on each core", "bare-petra", cost="reconstruct", one_rank=False,
                                 copies=True),
+    "bare-backprop-threads": Method("backpropagation, a bare loop whose operations have all cores", "bare-backprop",
+                                    ranks=False, extra=True, all_cores=True, split_operations=True),
+    "bare-ddp": Method("backpropagation, data parallel (torch's DDP)", "bare-ddp", one_rank=False, copies=True, extra=True),
     "petra": _ours("petra", "reconstruct", "petra"),
     "petra-01": _ours("petra, hops (0, 1)", "reconstruct", "petra", hops=[0, 1]),
     "petra-split": _ours("petra, split backward", "reconstruct", "petra", split_backward=True),
@@ -66,6 +71,7 @@ METHODS: dict[str, Method] = {
     "pd_asgd-21": _threads("pd_asgd, 2 forward and 1 backward thread", forward=2, backward=1),
     "pd_asgd-whole": _threads("pd_asgd 1:2, updates of the whole model", 1, forward=1, backward=2),
     "hogwild-2": _threads("hogwild, 2 workers", 1, workers=2, lock="none"),
+    "hogwild-2-layers": _threads("hogwild, 2 workers, layer by layer", workers=2, lock="none"),
     "hogwild-3": _threads("hogwild, 3 workers", 1, workers=3, lock="none"),
     "hogwild-3-layers": _threads("hogwild, 3 workers, layer by layer", workers=3, lock="none"),
     "overlapping": _ours("overlapping, window 2", "local", "overlapping", extra=True),
@@ -79,6 +85,10 @@ METHODS: dict[str, Method] = {
     "dualpipev": Method("DeepSpeed DualPipeV", "dualpipev", one_rank=False),
 }
 """By the name that ``--methods`` takes."""
+
+SHARING = ("bare-backprop", "bare-backprop-threads", "bare-ddp", "pd_asgd-11", "pd_asgd", "pd_asgd-21", "pd_asgd-whole",
+           "hogwild-2", "hogwild-2-layers", "hogwild-3", "hogwild-3-layers")
+"""Ways to give one model all cores."""
 
 ONE_RANK_LABELS = {"1f1b": "DeepSpeed", "delayed-chunked": "delayed, one stage"}
 """What a method is called where there is no pipeline."""

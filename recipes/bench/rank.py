@@ -85,6 +85,8 @@ def serve(parent: Parent, configuration: Configuration, model: Model, bounds: li
             report: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes() - before}
             if runner.ours:
                 report |= watch_activations(runner, max(calls, runner.warm_up))
+                summary = runner.engine.decoupled_summary()
+                report |= {name: summary[name] for name in ("threads", "staleness") if name in summary}
                 report["delays"] = [runner.engine.plan.ticks.delay(s) for s in runner.engine.stages]
             parent.tell(report)
 

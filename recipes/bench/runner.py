@@ -17,12 +17,15 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import Tensor, nn
 
 import ds_decoupled
-from bench.bare import backprop_loop, petra_loop
+from bench.bare import backprop_loop, data_parallel_loop, petra_loop
 from bench.models import Model
 from bench.plan import METHODS, Configuration
 
 SGD: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 """The update costs what it costs in training; so small a rate keeps random labels from leading anywhere."""
+
+BARE = {"bare-backprop": backprop_loop, "bare-ddp": data_parallel_loop, "bare-petra": petra_loop}
+"""Loops without an engine, by a method's runner."""
 
 
 class Chain(nn.Module):
@@ -103,7 +106,9 @@ def build(configuration: Configuration, model: Model, bounds: list[int], *, bloc
     if method.runner.startswith("bare"):
         torch.manual_seed(0)
         layers = [spec.build() for spec in specs]
-        loop = petra_loop if method.runner == "bare-petra" else backprop_loop
+        loop = BARE[method.runner]
+        if method.runner == "bare-ddp":
+            deepspeed.init_distributed(dist_backend="gloo")
         warm_up = math.ceil(2 * len(layers) / k) + 1 if method.runner == "bare-petra" else 2
         return Runner(loop(layers, batches, k, partial(torch.optim.SGD, **optimizer), model.loss()), max(2, warm_up))
 

@@ -14,6 +14,7 @@ from bench.plan import METHODS, Configuration, configurations, laws
 from bench.rank import profile, serve
 from bench.report import Measurement, as_json, law_table, laws_as_json, speed_table
 from ds_decoupled.schedules import balanced_bounds
+from ds_decoupled.threads import usable_cores
 from run.tables import table
 from run.worlds import World, WorldFailed
 
@@ -50,8 +51,9 @@ def measure(model: Model, chosen: list[Configuration], times: dict[str, list[flo
         bar.update()
 
     def begin(c: Configuration) -> None:
-        alive[c] = ends.enter_context(World(c.ranks, serve, c, model, measured[c].bounds,
-                                               pinned=not METHODS[c.method].all_cores))
+        method = METHODS[c.method]
+        alive[c] = ends.enter_context(World(c.ranks, serve, c, model, measured[c].bounds, pinned=not method.all_cores,
+                                            threads=usable_cores() if method.split_operations else 1))
         alive[c].answers()
 
     def time_once(c: Configuration) -> None:

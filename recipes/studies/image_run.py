@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,7 +25,7 @@ from ds_decoupled.models.registry import build_model
 from ds_decoupled.threads import usable_cores
 from run.rates import lr_schedule, parameter_groups
 from run.worlds import Parent
-from studies.image_settings import ImageStudy
+from studies.image_settings import ImageStudy, ImageTask
 from studies.results import Kind, Results
 
 
@@ -47,7 +48,7 @@ def decode(data: str, images: int, image_size: int, path: Path) -> ImageData:
     return decoded
 
 
-def prepare(study: ImageStudy, path: Path) -> int:
+def prepare(study: ImageTask, path: Path) -> int:
     """:func:`decode` for an image study. Returns the updates of every stage of a run."""
     decoded = decode(study.data, study.images, study.image_size, path)
     return study.epochs * len(MicroBatches(decoded.train, study.micro_batch, seed=0))
@@ -139,12 +140,22 @@ def train_alone(parent: Parent, setting: ImageRun, study: ImageStudy, *, images:
     return train(setting, study, torch.load(images, weights_only=False), parent.tell)
 
 
-def fill(name: str, output: Path, study: ImageStudy, wanted: list[S], make: Callable[..., S], jobs: int) -> Results[S]:
-    """Run what ``output`` does not hold yet of the ``wanted`` runs, ``jobs`` side by side.
+def image_kind(name: str, make: Callable[..., S]) -> Kind[S]:
+    """Runs on one rank.
 
     Args:
         name: of the kind of study, in messages.
-        make: a setting of what the file holds.
+        make: a setting of what a file holds.
+    """
+    return Kind(name, ImageStudy, lambda held: make(**held), train_alone, "test_accuracy",
+                lambda run: f"{run['test_accuracy']:.2%}", unit="update")
+
+
+def fill(kind: Kind[S], output: Path, study: ImageTask, wanted: list[S], jobs: int) -> Results[S]:
+    """Run what ``output`` does not hold yet of the ``wanted`` runs, ``jobs`` side by side.
+
+    Args:
+        kind: its task takes the file of :func:`prepare` by name.
 
     Returns:
         All that the file holds.
@@ -154,9 +165,7 @@ def fill(name: str, output: Path, study: ImageStudy, wanted: list[S], make: Call
     """
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images.pt")
-        kind = Kind(name, ImageStudy, lambda held: make(**held), partial(train_alone, images=str(images)), "test_accuracy",
-                    lambda run: f"{run['test_accuracy']:.2%}", unit="update")
-        results = Results(output, study, kind)
+        results = Results(output, study, replace(kind, task=partial(kind.task, images=str(images))))
         if missing := results.missing(wanted):
             steps = prepare(study, images)
             results.execute(missing, steps, jobs, max(1, usable_cores() // jobs))

@@ -12,8 +12,8 @@ J = 6
 
 
 @dataclass(frozen=True)
-class ImageStudy:
-    """What all runs share.
+class ImageTask:
+    """What all runs of a study on images share.
 
     Attributes:
         data: as ``data.images.load_images`` takes it.
@@ -22,7 +22,7 @@ class ImageStudy:
         width: of the model; that of the paper's six-layer CNN is 128.
         image_size: pixels a side.
         epochs: that each stage trains for, by its own count.
-        lr: peak; a cosine by each stage's own updates leads to 0.
+        micro_batch: images.
     """
 
     data: str
@@ -32,6 +32,16 @@ class ImageStudy:
     image_size: int = 16
     epochs: int = 6
     micro_batch: int = 64
+
+
+@dataclass(frozen=True)
+class ImageStudy(ImageTask):
+    """Where all runs have one learning rate.
+
+    Attributes:
+        lr: peak; a cosine by each stage's own updates leads to 0.
+    """
+
     lr: float = 0.05
 
 

@@ -52,10 +52,12 @@ def train(setting: Setting, study: Study, progress: Callable[[int], None]) -> di
     engine.drain()
     seconds = time.perf_counter() - start
     validation = validate(engine, corpus, study.micro_batch, study.sequence, study.eval_micro_batches)
+    staleness = [row["mean"] for row in engine.decoupled_summary().get("staleness", [])]
     late = [loss for loss in losses[-max(1, updates // 20):] if math.isfinite(loss)]
     return {"validation_loss": validation, "train_loss": fmean(late) if late else math.nan,
             "reconstruction_error": fmean(probe.errors) if probe.errors else None,
             "largest_reconstruction_error": max(probe.errors, default=None), "seconds": seconds,
+            "staleness": staleness,
             "curves": {"train_loss": losses[::max(1, updates // 100)], "reconstruction_error": probe.errors}}
 
 

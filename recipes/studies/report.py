@@ -23,12 +23,16 @@ class Row:
         losses: validation losses in nats, one a seed.
         error: mean relative error of what the lowest coupling's input was rebuilt to; None where nothing is rebuilt.
         gap: mean loss minus backpropagation's best with the same optimizer and k; None without such a run.
+        delay: of the first stage's gradients, in updates: the schedule's, or what threads came to.
+        seconds: of training, mean over the seeds.
     """
 
     setting: Setting
     losses: list[float]
     error: float | None
     gap: float | None
+    delay: float
+    seconds: float
 
     @property
     def loss(self) -> float:
@@ -52,8 +56,10 @@ def rows_of(runs: Mapping[Setting, dict[str, Any]]) -> list[Row]:
         losses = [run["validation_loss"] for run in found]
         errors = [run["reconstruction_error"] for run in found if run.get("reconstruction_error") is not None]
         baseline = best.get((setting.optimizer, setting.k))
+        measured = [run["staleness"][0] for run in found if run.get("staleness")]
         rows.append(Row(setting, losses, fmean(errors) if errors else None,
-                        None if baseline is None else fmean(losses) - baseline))
+                        None if baseline is None else fmean(losses) - baseline,
+                        fmean(measured) if measured else setting.delay, fmean(run["seconds"] for run in found)))
     return sorted(rows, key=lambda row: (row.setting.k, row.setting.optimizer, row.setting.method != "backprop",
                                          row.setting.method, row.setting.stages, row.setting.hops, row.loss))
 
@@ -63,7 +69,7 @@ def tables(runs: Mapping[Setting, dict[str, Any]]) -> str:
     rows = rows_of(runs)
     parts = []
     head = ["optimizer", "method", "J", "hops", "delay of stage 0", "rate", "embedding std", "further", "seeds",
-            "validation loss", "minus backprop", "reconstruction error"]
+            "validation loss", "minus backprop", "reconstruction error", "seconds"]
     for k in sorted({row.setting.k for row in rows}):
         lines = []
         for row in (row for row in rows if row.setting.k == k):
@@ -71,10 +77,12 @@ def tables(runs: Mapping[Setting, dict[str, Any]]) -> str:
             further = [f"lr_by_delay {s.lr_by_delay}"] * bool(s.lr_by_delay)
             further += [text for text in (s.params, s.block) if text != "{}"]
             spread = f" ± {stdev(row.losses):.3f}" if len(row.losses) > 1 else ""
-            where = ["–", "–"] if s.method == "backprop" else [str(s.stages), f"({s.hops[0]}, {s.hops[1]})"]
-            lines.append([s.optimizer, s.method, *where, f"{s.delay:g}", f"{s.lr:g}", f"{s.embedding_std:g}",
+            where = ["–" if s.method == "backprop" else str(s.stages),
+                     f"({s.hops[0]}, {s.hops[1]})" if s.hops_matter or s.method == "reversible" else "–"]
+            lines.append([s.optimizer, s.method, *where, f"{row.delay:.3g}", f"{s.lr:g}", f"{s.embedding_std:g}",
                           ", ".join(further) or "–", str(len(row.losses)), f"{row.loss:.3f}{spread}",
-                          "–" if row.gap is None else f"{row.gap:+.3f}", "–" if row.error is None else f"{row.error:.2g}"])
+                          "–" if row.gap is None else f"{row.gap:+.3f}", "–" if row.error is None else f"{row.error:.2g}",
+                          f"{row.seconds:.0f}"])
         parts.append(f"k = {k}\n\n{table(head, lines)}")
     failed = [f"- {s.label}: {str(run['error']).splitlines()[0]}" for s, run in runs.items() if "error" in run]
     if failed:
@@ -97,7 +105,7 @@ def draw(runs: Mapping[Setting, dict[str, Any]], path: Path) -> None:
         if row.gap is None:
             continue
         line = points[s.k, s.optimizer, s.method if s.block == "{}" else f"{s.method} {s.block}"]
-        line[s.delay] = min(line.get(s.delay, math.inf), row.gap)
+        line[row.delay] = min(line.get(row.delay, math.inf), row.gap)
     delayed = {key: line for key, line in points.items() if max(line) > 0}
     ks = sorted({k for k, _, _ in delayed})
     optimizers = sorted({optimizer for _, optimizer, _ in delayed})

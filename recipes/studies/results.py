@@ -42,7 +42,7 @@ class Kind(Generic[S]):
         result: the entry that a run has if it was done.
         said: a done run in a few words.
         unit: of what is counted while it trains.
-        ranks: processes of a run, a core each where there are several; the first one's results count.
+        ranks: processes of a run, a core each where there are several; the first one's results count, and all tell as often.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Kind(Generic[S]):
     result: str
     said: Callable[[Mapping[str, Any]], str]
     unit: str = "micro-batch"
-    ranks: int = 1
+    ranks: Callable[[S], int] = lambda setting: 1
 
 
 class Results(Generic[S]):
@@ -114,8 +114,8 @@ def _execute(settings: list[S], study: Any, kind: Kind[S], steps: int, jobs: int
         while waiting or running:
             while waiting and len(running) < jobs:
                 setting = waiting.pop()
-                world = ends.enter_context(World(kind.ranks, kind.task, setting, study, threads=threads,
-                                                 pinned=kind.ranks > 1))
+                ranks = kind.ranks(setting)
+                world = ends.enter_context(World(ranks, kind.task, setting, study, threads=threads, pinned=ranks > 1))
                 running[world] = setting, 0
             for world in first_to_speak(running):
                 setting, done = running[world]

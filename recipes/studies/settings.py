@@ -95,19 +95,25 @@ class Setting:
 
     @property
     def delay(self) -> float:
-        """Of the first stage, in updates."""
+        """Of the first stage, in updates, where the schedule has one; threads go as they go."""
         window = json.loads(self.block).get("window", PRESETS[self.method].window)
         above = min(window or self.stages, self.stages) - 1  # stages whose losses it waits for
-        return 0.0 if self.flushes else sum(self.hops) * above / self.k
+        return sum(self.hops) * above / self.k if self.hops_matter else 0.0
 
     @property
     def flushes(self) -> bool:
         return self.method in ("backprop", "reversible")
 
     @property
+    def hops_matter(self) -> bool:
+        """Threads share all stages: nothing travels between these, and how late a gradient is, the run tells."""
+        return not self.flushes and not PRESETS[self.method].layerwise
+
+    @property
     def label(self) -> str:
         """For messages."""
-        where = "" if self.method == "backprop" else f" J={self.stages} hops={self.hops[0]},{self.hops[1]}"
+        where = "" if self.method == "backprop" else f" J={self.stages}"
+        where += f" hops={self.hops[0]},{self.hops[1]}" if self.hops_matter else ""
         more = f" lr_by_delay={self.lr_by_delay}" if self.lr_by_delay else ""
         more += "".join(f" {text}" for text in (self.params, self.block) if text != "{}")
         return (f"{self.method}{where} k={self.k} {self.optimizer} lr={self.lr:g} std={self.embedding_std:g}{more} "
@@ -117,10 +123,9 @@ class Setting:
         """Without what the method does not know, and with JSON spelt in one way, so that equal runs are equal."""
         params, block = (json.dumps(json.loads(text), separators=(",", ":"), sort_keys=True)
                          for text in (self.params, self.block))
-        if not self.flushes:
-            return replace(self, params=params, block=block)
         stages = 1 if self.method == "backprop" else self.stages
-        return replace(self, params=params, block="{}", stages=stages, hops=(0, 1), lr_by_delay=0)
+        found = replace(self, params=params, block="{}" if self.flushes else block, stages=stages)
+        return found if self.hops_matter else replace(found, hops=(0, 1), lr_by_delay=0)
 
     def config(self, study: Study) -> dict[str, Any]:
         """The DeepSpeed JSON."""
@@ -132,7 +137,9 @@ class Setting:
         block: dict[str, Any] = {"method": self.method}
         if self.method != "backprop":
             block["stages"] = study.stage_bounds(self.stages)
+        if self.hops_matter:
+            block |= {"hops": list(self.hops), "lr_by_delay": self.lr_by_delay}
         if not self.flushes:
-            block |= {"hops": list(self.hops), "lr_by_delay": self.lr_by_delay, **json.loads(self.block)}
+            block |= json.loads(self.block)
         return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": self.k,
                 "gradient_clipping": 0.0, "steps_per_print": 10**9, "optimizer": optimizer, "decoupled": block}
