@@ -34,12 +34,14 @@ from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import MODELS, build_model
 from run.arguments import add_run_arguments
+from run.best import Best
 from run.generated import Generated, panels
 from run.options import number, refuse_beyond_memory, refuse_unused, whole
 from run.processes import distributed
 from run.rates import lr_schedule, set_peak_lr
 from run.results import report, summarize
 from run.setup import Setup
+from run.speed import Speed
 
 STEPS_SMALL = (150 / 300, 225 / 300)
 STEPS_IMAGENET = (30 / 90, 60 / 90, 80 / 90)
@@ -176,7 +178,9 @@ def train(args: argparse.Namespace) -> None:
     def show(progress: run.training.Progress) -> str:
         return f"loss {progress.train_loss[-1]:.4f}, test accuracy {progress.last_score:.2%}"
 
-    trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every)
+    trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every,
+                                 best=Best.of(args, lower=False, idle=setup.taught),
+                                 speed=Speed(setup.update_samples, "images"))
     losses, accuracies = trained.progress.train_loss, trained.progress.score
     beside = {} if generated is None else generated.summary(
         trained.progress, engine.decoupled_summary()["gradient_tracker"], per_epoch)
@@ -187,7 +191,8 @@ def train(args: argparse.Namespace) -> None:
         data=args.data,
         image_size=facts.image_size,
         epochs=epochs,
-        test_accuracy=accuracies[-1],
+        test_accuracy=trained.score,
+        best_update=trained.best,
         curves={"train_loss": losses, "test_accuracy": accuracies, "seconds": trained.progress.seconds},
         **beside,
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},

@@ -13,8 +13,8 @@ from studies.asynchronous_report import reached, tables, tuned
 from studies.asynchronous_settings import WAYS, AsynchronousSetting, AsynchronousStudy, law
 
 CHOSEN = ["backprop", "hogwild, layers", "synchronous", "gossip"]
-TINY = ["--ways", *CHOSEN, "--images", "64", "--width", "1", "--image_size", "8", "--micro_batch", "4", "--epochs", "2", "--evaluations", "2",
-        "--test_images", "8", "--rates", "0.05", "--delays", "1", "--seeds", "0", "--target", "0.01"]
+TINY = ["--ways", *CHOSEN, "--images", "64", "--width", "1", "--image_size", "8", "--micro_batch", "4", "--epochs", "2",
+        "--evaluations", "2", "--test_images", "8", "--rates", "0.05", "--delays", "1", "--seeds", "0", "--target", "0.01"]
 
 
 def test_blocks() -> None:

@@ -68,7 +68,8 @@ def test_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     delay_study.main([*TINY, "--methods", "pd_asgd", "--stages", "2", "--hops", "0,1", "1,1", "--optimizers", "adamw",
                       "--output", str(output)])
     made, = json.loads(output.read_text())["runs"]
-    assert len(made["staleness"]) == 2 and f"| adamw | pd_asgd | 2 | – | {made['staleness'][0]:.3g} |" in capsys.readouterr().out
+    delay = made["staleness"][0]
+    assert len(made["staleness"]) == 2 and f"| adamw | pd_asgd | 2 | – | {delay:.3g} |" in capsys.readouterr().out
 
 
 def run(method: str, loss: float, **setting: Any) -> tuple[Setting, dict[str, Any]]:

@@ -10,7 +10,7 @@ The loss is asked for the completion alone, or for what the assistant says; name
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,15 +117,19 @@ class Instructions:
                       for i, row in enumerate(validation)]
         parts, dropped = [], 0
         for part, option in ((examples, "--data"), (others, "--data" if validation is None else "--validation")):
-            windows = _packed(part, sequence) if packing else [_cut(example, sequence) for example in part]
-            kept = [window for window in windows if any(window.asked[1:])]
-            dropped += 0 if packing else len(windows) - len(kept)
+            kept = list(windows_of(part, sequence, packing))
+            dropped += 0 if packing else len(part) - len(kept)
             if not kept:
                 raise ConfigError(option, rows.place, f"in the first {sequence} tokens of none of its {len(part)} rows to "
                                   f"{'train' if part is examples else 'validate'} on is anything to be learned",
                                   "Give more rows, or a larger --max_length")
-            parts.append(_tensors(kept, sequence))
+            parts.append((torch.stack([ids for ids, _ in kept]), torch.stack([targets for _, targets in kept])))
         return Instructions(parts[0], parts[1], dropped)
+
+    @staticmethod
+    def held_out(rows: Rows, tokenizer: Tokenizer, sequence: int, *, completion_only: bool, packing: bool) -> Instructions:
+        """Rows to validate on alone."""
+        return Instructions.of(Rows(), tokenizer, sequence, completion_only=completion_only, packing=packing, validation=rows)
 
     def told(self, rows: Rows) -> str:
         """What was read, in words."""
@@ -155,24 +159,31 @@ class Instructions:
         return list(ids[:first + 1])
 
 
-def _cut(example: Example, sequence: int) -> Example:
-    return Example(example.ids[:sequence + 1], example.asked[:sequence + 1])
+def windows_of(examples: Iterable[Example], sequence: int, packing: bool) -> Iterator[Batch]:
+    """Inputs and targets ``(sequence,)`` of windows in which something is asked for: an example each, or with ``packing`` one
+    behind another, cut where a window is full; a window's last token is the next one's first."""
+    windows = _packed(examples, sequence) if packing else (Example(e.ids[:sequence + 1], e.asked[:sequence + 1])
+                                                           for e in examples)
+    return (_tensors(window, sequence) for window in windows if any(window.asked[1:]))
 
 
-def _packed(examples: Iterable[Example], sequence: int) -> list[Example]:
-    """One behind another, cut where a window is full; a window's last token is the next one's first."""
-    ids = [token for example in examples for token in example.ids]
-    asked = [value for example in examples for value in example.asked]
-    return [Example(ids[start:start + sequence + 1], asked[start:start + sequence + 1])
-            for start in range(0, max(1, len(ids) - 1), sequence)]
+def _packed(examples: Iterable[Example], sequence: int) -> Iterator[Example]:
+    ids: list[int] = []
+    asked: list[bool] = []
+    for example in examples:
+        ids += example.ids
+        asked += example.asked
+        while len(ids) > sequence:
+            yield Example(ids[:sequence + 1], asked[:sequence + 1])
+            del ids[:sequence], asked[:sequence]
+    if len(ids) > 1:
+        yield Example(ids, asked)
 
 
-def _tensors(windows: Sequence[Example], sequence: int) -> Batch:
+def _tensors(window: Example, sequence: int) -> Batch:
     """Filled up at the end, where a causal model sees nothing of it, with targets that are not asked for."""
-    inputs = torch.zeros(len(windows), sequence, dtype=torch.long)
-    targets = torch.full((len(windows), sequence), NOT_ASKED)
-    for row, window in enumerate(windows):
-        ids, asked = torch.tensor(window.ids), torch.tensor(window.asked)
-        inputs[row, :len(ids) - 1] = ids[:-1]
-        targets[row, :len(ids) - 1] = torch.where(asked[1:], ids[1:], NOT_ASKED)
+    inputs, targets = torch.zeros(sequence, dtype=torch.long), torch.full((sequence,), NOT_ASKED)
+    ids, asked = torch.tensor(window.ids), torch.tensor(window.asked)
+    inputs[:len(ids) - 1] = ids[:-1]
+    targets[:len(ids) - 1] = torch.where(asked[1:], ids[1:], NOT_ASKED)
     return inputs, targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
 
 from data.files import ROW_SUFFIXES, TEXT_SUFFIXES, Rows, is_example, kind_of, read_document, read_rows, texts_of
@@ -39,7 +40,7 @@ def read_data(data: str, option: str = "--data") -> Documents | Rows:
       of ``messages``;
     - a parquet file, or a name or folder that ``datasets`` loads: with a column ``text`` its rows make one document, as lines;
       or rows as above;
-    - a folder: its JSONL files if it has any, or else its text files.
+    - a folder, or a pattern such as ``data/*.jsonl``: the JSONL files if there are any, or else the text files.
 
     Raises:
         ConfigError: for what is missing, empty, cannot be read, or is no UTF-8 text.
@@ -75,6 +76,8 @@ def _documents(data: str) -> list[str] | Rows:
         return _folder(path)
     if path.exists():
         raise ConfigError("--data", data, "it is neither a file nor a folder", "Give a text file or a folder of them")
+    if files := sorted(Path(name) for name in glob(data, recursive=True)):
+        return _files([file for file in files if file.is_file()], data)
     if path.suffix or path.is_absolute():
         raise ConfigError("--data", data, "there is no such file or folder", "Is the path right?")
     return _rows(data, "neither a file nor a folder, and not a data set that can be loaded",
@@ -95,12 +98,21 @@ def _folder(path: Path) -> list[str] | Rows:
     if tables := [file.name for file in files if file.suffix in TABLES]:
         return _rows(str(path), f"it holds {tables[0]}, and no data set can be loaded from it",
                      "Give a folder of text files, or one that `datasets` loads")
+    return _files(files, str(path))
+
+
+def _files(files: list[Path], place: str) -> list[str] | Rows:
+    """Those of rows, or else those of text; how many were passed over is noted.
+
+    Args:
+        place: of all of them, in messages.
+    """
     for suffixes in (ROW_SUFFIXES, TEXT_SUFFIXES):
         if found := [file for file in files if kind_of(file) in suffixes]:
             parts = [_file(file) for file in found]
             kinds = {isinstance(part, Rows) for part in parts}
             if len(kinds) > 1:
-                raise ConfigError("--data", str(path), "some of its files hold texts, and others prompts or conversations",
+                raise ConfigError("--data", place, "some of its files hold texts, and others prompts or conversations",
                                   "Give one kind")
             documents: Documents | Rows = Rows() if kinds == {True} else Documents()
             documents.extend(item for part in parts for item in part)  # type: ignore[misc]
@@ -108,7 +120,7 @@ def _folder(path: Path) -> list[str] | Rows:
             skipped = f", skipped {len(files) - len(found)} ({', '.join(others)})" if others else ""
             documents.note = counted(len(found), "file") + skipped
             return documents
-    raise ConfigError("--data", str(path), f"the folder has no text files ({', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))})",
+    raise ConfigError("--data", place, f"there are no text files ({', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))})",
                       "Is it the right one?")
 
 

@@ -17,14 +17,15 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids: the first nine tenths to train on, the rest to validate on, or another text."""
+    """Token ids to train on and to validate on."""
 
     train: Tensor
     validation: Tensor
 
     @staticmethod
     def of(documents: list[str], tokenizer: Tokenizer, sequence: int, validation: list[str] | None = None) -> Corpus:
-        """``validation``: texts to validate on, instead of the last tenth.
+        """``validation``: texts to validate on, instead of the last tenth: of whole documents, if there are several and the
+        last ones hold a sequence.
 
         Raises:
             ConfigError: where a text is too short for a sequence.
@@ -37,6 +38,8 @@ class Corpus:
                     raise ConfigError("--sequence_length", sequence, f"the text of {option} has {len(part)} tokens",
                                       "Give more text or shorter sequences")
             return Corpus(ids, others)
+        if (last := _last_documents(documents)) and len(others := tokenizer.encode(last)) > sequence:
+            return Corpus(torch.tensor(tokenizer.encode(documents[:-len(last)])), torch.tensor(others))
         cut = len(ids) * 9 // 10
         if len(ids) - cut <= sequence:
             raise ConfigError("--sequence_length", sequence, f"the text has {len(ids)} tokens, and the last tenth of them must "
@@ -65,6 +68,20 @@ class Corpus:
     def prompt(self, most: int) -> list[int]:
         """The beginning of the text that is not trained on."""
         return list(self.validation[:most].tolist())
+
+
+def _last_documents(documents: list[str]) -> list[str]:
+    """As many as make up a tenth of all characters, the first ones left over; none, if that would be all.
+
+    >>> _last_documents(["a" * 50, "b" * 40, "c" * 4, "d" * 6]), _last_documents(["a", "b" * 99])
+    (['cccc', 'dddddd'], [])
+    """
+    wanted, count = sum(map(len, documents)) / 10, 0
+    for place in range(len(documents) - 1, 0, -1):
+        count += len(documents[place])
+        if count >= wanted:
+            return documents[place:] if count < 5 * wanted else []
+    return []
 
 
 class RandomWindows(Iterator[Batch]):

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.examples import Instructions
-from data.files import Rows
-from data.text import Documents, read_data
+from data.stream import BUFFER
 from data.tokens import Tokenizer
-from data.windows import Corpus
-from ds_decoupled.collectives import from_rank, together
+from ds_decoupled.collectives import from_rank, gather, together
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
+from lm.corpora import read_corpus
 from lm.validation import generate, perplexity, validate
 from run.arguments import add_run_arguments
+from run.best import Best
 from run.options import number, refuse_unused, whole, yes_or_no
 from run.rates import lr_schedule, set_peak_lr
 from run.results import report, summarize
 from run.setup import Setup
+from run.speed import Speed
 from run.training import Progress, train
 
 EVALUATIONS, WARMUP, TEMPERATURE = 8, 0.05, 0.8
@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
              "documentation; rows have `text`, `prompt` and `completion`, or `messages`")
     parser.add_argument("--data", default=data, required=data is None, help=kinds + (f" (default: {data})" if data else ""))
     parser.add_argument("--tokenizer", help="bytes, a folder or a hub name (default: the model's own, if it has one, or bytes)")
-    parser.add_argument("--validation", metavar="DATA", help="to validate on (default: the last tenth of --data)")
+    parser.add_argument("--validation", metavar="DATA",
+                        help="to validate on (default: the last tenth of --data, in whole documents)")
+    parser.add_argument("--streaming", action="store_true",
+                        help="read rows as they are trained on: for data that memory does not hold")
+    parser.add_argument("--buffer_size", type=whole(1), metavar="ROWS",
+                        help=f"of a stream, from which the next row is drawn (default: {BUFFER})")
     parser.add_argument("--packing", action="store_true", help="rows one behind another, not each filled up")
     parser.add_argument("--completion_only_loss", type=yes_or_no, nargs="?", const=True, metavar="true|false",
                         help="learn completions and what the assistant says alone (default: true)")
@@ -48,34 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
     parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
     parser.add_argument("--evaluations", type=whole(1, 1_000_000),
                         help=f"over the run (default: {EVALUATIONS}, at most one an update)")
+    parser.add_argument("--eval_steps", type=whole(1), metavar="UPDATES", help="from validation to validation, instead of "
+                        "--evaluations")
     parser.add_argument("--eval_micro_batches", type=whole(1), default=50,
                         help="to validate on, if the text has as many (default: %(default)s)")
     parser.add_argument("--sample", type=whole(0, 1_000_000), default=300,
                         help="tokens of generated text at the end (default: %(default)s)")
     parser.add_argument("--temperature", type=number(0), help=f"of the sample (default: {TEMPERATURE})")
+    parser.add_argument("--peak_tflops", type=number(0, above=True), metavar="N",
+                        help="of one device in the type that it trains in (an H100 in bf16: 989), to tell the share used, MFU")
     add_run_arguments(parser, stretch="evaluations", summary=summary)
 
 
-def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer) -> Corpus | Instructions:
-    """What ``args`` names, cut into windows; on rank 0 it is said how much that is."""
-    found = read_data(args.data)
-    validation = None if args.validation is None else read_data(args.validation, "--validation")
-    if validation is not None and type(validation) is not type(found):
-        raise ConfigError("--validation", args.validation, "it is of another kind than --data: one holds texts, the "
-                          "other prompts or conversations", "Give both of one kind")
-    corpus: Corpus | Instructions
-    if isinstance(found, Rows):
-        corpus = Instructions.of(found, tokenizer, args.sequence_length, completion_only=args.completion_only_loss is not False,
-                                 packing=args.packing, validation=validation if isinstance(validation, Rows) else None)
-        told = corpus.told(found)
-    else:
-        refuse_unused(args, {"packing": False, "completion_only_loss": None}, "it is for rows of prompts or conversations, and "
-                      f"{args.data} holds texts, which are packed and learned as a whole")
-        corpus = Corpus.of(found, tokenizer, args.sequence_length, validation if isinstance(validation, Documents) else None)
-        told = corpus.told(found)
-    if dist.get_rank() == 0:
-        print(told)
-    return corpus
+def ends_of(updates: int, evaluations: int | None, eval_steps: int | None) -> list[int]:
+    """The updates after which it is validated: the last one among them.
+
+    >>> ends_of(10, 2, None), ends_of(10, None, 4)
+    ([5, 10], [4, 8, 10])
+    """
+    if eval_steps is not None:
+        return [*range(eval_steps, updates, eval_steps), updates]
+    stretches = evaluations or min(EVALUATIONS, updates)
+    return [updates * (i + 1) // stretches for i in range(stretches)]
 
 
 def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: Tokenizer, *, lr: float, name: str,
@@ -97,6 +96,8 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
     if args.evaluations is not None and args.evaluations > updates:
         raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
+    if args.eval_steps is not None:
+        refuse_unused(args, ["evaluations"], "--eval_steps says when to validate", "Leave one of them out")
     learning = setup.learning(updates)
 
     corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
@@ -114,9 +115,12 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     def show(progress: Progress) -> str:
         return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
 
-    stretches = args.evaluations or min(EVALUATIONS, updates)
+    weights = sum(gather(sum(parameter.numel() for parameter in engine.module.parameters()) * (setup.replica == 0)))
+    peak = None if args.peak_tflops is None else 1e12 * args.peak_tflops * dist.get_world_size()
     trained = train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
-                             ends=[updates * (i + 1) // stretches for i in range(stretches)])
+                    ends=ends_of(updates, args.evaluations, args.eval_steps),
+                    best=Best.of(args, lower=True, idle=setup.taught),
+                    speed=Speed(setup.update_samples, "tokens", sequence, 6.0 * weights, peak))
     text = ""
     if args.sample:
         temperature = TEMPERATURE if args.temperature is None else args.temperature
@@ -132,8 +136,9 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         data=args.data,
         epochs=tokens[-1] / from_rank(0, 0 if corpus is None else corpus.tokens),
         **before,
-        validation_loss=validation[-1],
-        perplexity=perplexity(validation[-1]),
+        validation_loss=trained.score,
+        perplexity=perplexity(trained.score),
+        best_update=trained.best,
         curves={"tokens": tokens, "train_loss": losses, "validation_loss": validation, "seconds": trained.progress.seconds},
         stage_curves={name: trained.progress.stage_curves(name) for name in ("loss", "accuracy")},
         sample=text,
@@ -146,7 +151,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         args, summary, f"{name}_{summary['method']}", f"{summary['method']}: {title}, {summary['stages']} stages",
         ("thousands of tokens", [n / 1000 for n in tokens]),
         {"nats per token": {"training loss": losses, "validation loss": validation}},
-        f"validation loss {validation[-1]:.3f} nats{was}, perplexity {summary['perplexity']:.2f}, "
+        f"validation loss {trained.score:.3f} nats{was}, perplexity {summary['perplexity']:.2f}, "
         f"{summary['tokens_per_second']:.0f} tokens/s",
         by_stage={"the stage's own loss, nats per token": trained.progress.stage_curves("loss")},
     )

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.examples import NOT_ASKED, Instructions
+from data.stream import Stream
 from data.windows import Corpus
 from ds_decoupled.collectives import from_rank
 from ds_decoupled.flushed import FlushedPipelineEngine
 from run.evaluation import evaluate
 
 
-def validate(engine: Any, corpus: Corpus | Instructions | None, micro_batch: int, sequence: int, limit: int) -> float:
+def validate(engine: Any, corpus: Corpus | Instructions | Stream | None, micro_batch: int, sequence: int, limit: int) -> float:
     """Mean loss per token over the validation text, in nats, on every rank and to DeepSpeed's monitor; a collective call."""
     batches = None if corpus is None else corpus.tests(micro_batch, sequence, limit)
     if batches and isinstance(engine, FlushedPipelineEngine):  # DeepSpeed's own engine cannot take a smaller last one

@@ -11,6 +11,7 @@ import deepspeed
 import torch.distributed as dist
 
 from ds_decoupled.errors import ConfigError
+from run.monitors import MONITORS
 from run.options import SEEDS, refuse_unused, whole
 from run.places import check_file, check_folder, check_picture
 
@@ -33,6 +34,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, stretch: str, summary: st
     parser.add_argument("--plot", type=Path, help="picture of the curves (default: beside the summary)")
     parser.add_argument("--save_checkpoint", metavar="DIR", help="save there at the end")
     parser.add_argument("--save_every", type=whole(1), help=f"and after every so many {stretch}")
+    parser.add_argument("--load_best_model_at_end", action="store_true",
+                        help="end with the weights of the best test, which --save_checkpoint keeps")
+    parser.add_argument("--early_stopping_patience", type=whole(1), metavar="TESTS",
+                        help="stop after so many tests without a better one")
+    parser.add_argument("--logging_steps", type=whole(1), metavar="UPDATES", help="print a line of numbers every so many")
+    parser.add_argument("--report_to", nargs="+", choices=[*MONITORS, "none"], metavar="MONITOR",
+                        help=f"of {', '.join(MONITORS)}, none (default: what the JSON says); files go to {DEFAULT_FOLDER}/logs")
     parser.add_argument("--resume", metavar="DIR", help="go on from the last checkpoint there")
     parser.add_argument("--backend", help="of torch.distributed (default: DeepSpeed's choice)")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
@@ -42,7 +50,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, stretch: str, summary: st
 def check_run_arguments(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Refuse what would change nothing, and places that cannot be written to, before there is anything to lose."""
     if args.save_checkpoint is None:
-        refuse_unused(args, ["save_every"], "without --save_checkpoint nothing is saved", "Give --save_checkpoint")
+        refuse_unused(args, {"save_every": None, "load_best_model_at_end": False}, "without --save_checkpoint nothing is saved",
+                      "Give --save_checkpoint")
     scheduler = config.get("scheduler")
     if isinstance(scheduler, dict):
         why = f'the JSON\'s "scheduler", {scheduler.get("type")}, decides over the rate'

@@ -18,7 +18,8 @@ from run.setup import Setup
 FILE = "recipe.json"
 FREE = {"summary", "plot", "save_checkpoint", "save_every", "resume", "backend", "local_rank", "pipe_ranks", "output",
         "output_dtype", "max_shard_size", "adapters_only", "sample", "temperature", "micro_batches", "epochs", "evaluations",
-        "eval_micro_batches", "eval_every"}
+        "eval_micro_batches", "eval_every", "eval_steps", "logging_steps", "report_to", "peak_tflops", "load_best_model_at_end",
+        "early_stopping_patience"}
 """Arguments of how long a run is, what it shows, and where it and its results are."""
 PLACES = {"data", "validation", "data_root", "model", "tokenizer"}
 """Files and folders, which may have moved: their own names are compared."""

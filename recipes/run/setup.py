@@ -14,7 +14,8 @@ from ds_decoupled.config import parse_block, read_json
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.settings.check import check_settings
 from ds_decoupled.settings.table import batch_sizes
-from run.arguments import check_run_arguments
+from run.arguments import DEFAULT_FOLDER, check_run_arguments
+from run.monitors import report_to
 from run.processes import pipe_position
 from run.rates import parameter_groups
 
@@ -66,7 +67,7 @@ class Setup:
     @staticmethod
     def of(args: argparse.Namespace) -> Setup:
         """Raises :class:`ConfigError` for settings that cannot work."""
-        config = read_config(args.deepspeed_config)
+        config = report_to(read_config(args.deepspeed_config), args.report_to, DEFAULT_FOLDER / "logs")
         together(lambda: check_run_arguments(args, config))
         pipe_ranks, pipe_rank, replicas, replica = pipe_position(args.pipe_ranks)
         return Setup(config, pipe_ranks, pipe_rank, replicas, replica, *batch_sizes(config, replicas))
@@ -81,15 +82,20 @@ class Setup:
         """Samples of one update, over all replicas."""
         return self.micro_batch * self.k * self.replicas
 
+    @property
+    def taught(self) -> int:
+        """The first so many updates are of heads alone."""
+        block = parse_block(self.config)
+        teaching = None if block is None else block.head_teaching
+        return 0 if teaching is None else teaching.updates
+
     def learning(self, updates: int) -> int:
-        """The updates that stages make in a run of so many: in the first ones heads alone may be taught.
+        """The updates that stages make in a run of so many.
 
         Raises:
             ConfigError: if none is left.
         """
-        block = parse_block(self.config)
-        teaching = None if block is None else block.head_teaching
-        taught = 0 if teaching is None else teaching.updates
+        taught = self.taught
         if taught and updates <= taught:
             raise ConfigError("decoupled.head_teaching.updates", taught, f"the run has {updates} updates, and in none of them "
                               "a stage would learn", "Train for longer, or teach for shorter.")

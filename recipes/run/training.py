@@ -17,7 +17,9 @@ from tqdm import tqdm
 from ds_decoupled.collectives import together
 from ds_decoupled.errors import ConfigError
 from run import resuming
+from run.best import Best
 from run.setup import Setup
+from run.speed import Lines, Speed
 from run.thread_trial import ThreadTrial
 
 
@@ -75,23 +77,35 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: its curves, the seconds spent on training alone, and the updates made in them."""
+    """A finished run.
+
+    Attributes:
+        progress: its curves.
+        seconds: spent on training alone.
+        updates: made in them.
+        score: of the weights that it ended with.
+        best: the update that they are of, if they are not the last ones.
+    """
 
     progress: Progress
     seconds: float
     updates: int
+    score: float
+    best: int | None = None
 
 
 def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | None, *, ends: Sequence[int],
-          test: Callable[[], float], show: Callable[[Progress], str], test_every: int = 1, test_first: bool = False) -> Trained:
+          test: Callable[[], float], show: Callable[[Progress], str], best: Best, speed: Speed, test_every: int = 1,
+          test_first: bool = False) -> Trained:
     """Train up to the last of ``ends``, from the start or from the checkpoint that ``args`` names.
 
     Args:
-        args: holds ``save_checkpoint``, ``save_every`` and ``resume``.
+        args: holds ``save_checkpoint``, ``save_every``, ``logging_steps`` and ``resume``.
         loader: on the ranks that hold data.
         ends: after how many updates each stretch ends.
         test: gives the score; a collective call.
-        show: what stands beside the progress bar.
+        show: what stands beside the progress bar, before the speed.
+        best: what is kept of tests, and when they end the run.
         test_every: stretches from test to test; there always is one at the end.
         test_first: whether there is one before all training.
     """
@@ -108,21 +122,30 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         progress.add(0, math.nan, test())
     bar = tqdm(total=ends[-1], initial=first, unit="update", mininterval=0.5, disable=dist.get_rank() != 0)
     trial = ThreadTrial.of_this_process(tell=dist.get_rank() == 0)
+    lines = Lines(args.logging_steps, engine, speed, bar)
+
+    def state() -> dict[str, Any]:
+        return {"progress": asdict(progress), "run": setup.counted_in}
+
     for number, end in enumerate(ends, start=1):
         if end <= first:
             continue
-        last = number == len(ends)
+        last, made = number == len(ends), end - progress.done
         start = time.perf_counter()
-        loss = _stretch(engine, loader, end - progress.done, bar, trial)
+        loss = _stretch(engine, loader, progress.done, end, bar, trial, lines)
         took = time.perf_counter() - start
         seconds += took
         metrics = engine.stage_metrics()
-        progress.add(end, loss, test() if not last and number % test_every == 0 else math.nan, metrics, took)
+        tested = not last and number % test_every == 0
+        progress.add(end, loss, test() if tested else math.nan, metrics, took)
+        if tested:
+            best.keep(engine, progress, state)
+            last = best.exhausted(progress)
         if args.save_checkpoint and (last or (args.save_every and number % args.save_every == 0)):
             # Before the drain, so that a longer run goes on as if it had not been stopped.
-            engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}",
-                                   client_state={"progress": asdict(progress), "run": setup.counted_in})
+            engine.save_checkpoint(args.save_checkpoint, tag=f"update{end}", client_state=state())
             resuming.note(args, setup, args.save_checkpoint, f"update{end}")
+        bar.set_postfix_str(f"{show(progress)}, {speed.words(made, took)}")
         if last:
             start = time.perf_counter()
             engine.drain()
@@ -130,9 +153,17 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
             seconds += drained
             progress.seconds[-1] += drained
             progress.score[-1] = test()
-        bar.set_postfix_str(show(progress))
+            bar.set_postfix_str(f"{show(progress)}, {speed.words(made, took)}")
+            break
+    restored = best.restore(engine, progress)
+    at = None if restored is None else progress.updates[restored]
+    if dist.get_rank() == 0:
+        if progress.done < ends[-1]:
+            bar.write(f"stopped after {progress.done} of {ends[-1]} updates: {best.patience} test(s) without a better one")
+        if at is not None:
+            bar.write(f"the weights are those of the best test, after {at} updates")
     bar.close()
-    return Trained(progress, seconds, ends[-1] - first)
+    return Trained(progress, seconds, progress.done - first, progress.score[-1 if restored is None else restored], at)
 
 
 def _resume(engine: Any, setup: Setup, folder: str, updates: int) -> Progress:
@@ -158,11 +189,15 @@ def _resume(engine: Any, setup: Setup, folder: str, updates: int) -> Progress:
     return progress
 
 
-def _stretch(engine: Any, loader: Loader | None, updates: int, bar: tqdm[Any], trial: ThreadTrial) -> float:
+def _stretch(engine: Any, loader: Loader | None, done: int, end: int, bar: tqdm[Any], trial: ThreadTrial,
+             lines: Lines) -> float:
     """Mean loss of the micro-batches that finished; nan if the pipeline was still filling."""
     losses: list[Tensor] = []
-    for _ in range(updates):
+    lines.begin()
+    for update in range(done + 1, end + 1):
         with trial.update():
             losses.append(engine.train_batch(data_iter=loader).detach().float().mean())
         bar.update()
+        lines.add(update, losses[-1])
+    lines.pause()
     return torch.stack(losses).nanmean().item() if losses else math.nan
