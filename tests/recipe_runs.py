@@ -15,12 +15,13 @@ import worlds
 ROOT = Path(__file__).parent.parent
 
 
-def launch(recipe: str, *arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """``deepspeed recipes/RECIPE.py ARGUMENTS``."""
+def launch(recipe: str, *arguments: str | Path, ranks: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """``deepspeed recipes/RECIPE.py ARGUMENTS``, from the folder ``cwd``."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds.free_port()), f"recipes/{recipe}.py",
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(worlds.free_port()),
+               str(ROOT / "recipes" / f"{recipe}.py"),
                *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
 
 def _main(recipe: str, arguments: list[str]) -> None:

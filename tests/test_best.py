@@ -88,7 +88,8 @@ def test_report_to() -> None:
     """The JSON's own settings stay; none switches off what it has."""
     config = {"decoupled": {"method": "dgl"}, "csv_monitor": {"enabled": False, "job_name": "mine"}}
     assert report_to(config, None, Path("logs")) is config
-    assert report_to(config, ["csv"], Path("logs"))["csv_monitor"] == {"enabled": True, "job_name": "mine", "output_path": "logs"}
+    csv = report_to(config, ["csv"], Path("logs"))["csv_monitor"]
+    assert csv == {"enabled": True, "job_name": "mine", "output_path": "logs"}
     assert report_to(config, ["none"], Path("logs"))["csv_monitor"] == {"enabled": False, "job_name": "mine"}
     with pytest.raises(ConfigError, match="none allows no other"):
         report_to(config, ["none", "csv"], Path("logs"))

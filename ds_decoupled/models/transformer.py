@@ -171,13 +171,19 @@ class LanguageModelHead(nn.Module):
         return self.unembedding(self.norm(joined.to(self.norm.weight.dtype)))
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, targets: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy in nats; ``logits (N, T, vocab_size)``, ``targets (N, T)`` with -100 where none is asked for.
+
+    With ``(targets, tokens)``, ``tokens (1,)``, the sum is divided by ``tokens`` instead of by the targets that are asked for:
+    where micro-batches of an update have different numbers of them, their mean lets all tokens weigh the same.
 
     Targets stand at the place that they are predicted at, shifted already: for inputs ``ids[:, :-1]`` they are ``ids[:, 1:]``.
     (``transformers`` takes labels that are the inputs, and shifts them itself.)
     """
     # float: a softmax over a large vocabulary loses most of its bits in bf16.
+    if isinstance(targets, tuple | list):
+        targets, tokens = targets
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum") / tokens.squeeze()
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
 

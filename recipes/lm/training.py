@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.stream import BUFFER
+from data.examples import Instructions
+from data.stream import BUFFER, Stream
+from data.token_weights import TokenWeights
 from data.tokens import Tokenizer
+from data.windows import Corpus
 from ds_decoupled.collectives import from_rank, gather, together
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.models import next_token_loss
@@ -65,6 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
     add_run_arguments(parser, stretch="evaluations", summary=summary)
 
 
+def loader_of(args: argparse.Namespace, setup: Setup, corpus: Corpus | Instructions | Stream) -> Any:
+    """This replica's micro-batches; where the targets of an update may be unevenly spread over them, with their weights."""
+    uneven = isinstance(corpus.held if isinstance(corpus, Stream) else corpus, Instructions)
+    if not uneven or setup.k * setup.replicas == 1:
+        return corpus.loader(setup.micro_batch, args.sequence_length, seed=args.seed, replica=setup.replica,
+                             replicas=setup.replicas)
+    whole = corpus.loader(setup.micro_batch * setup.replicas, args.sequence_length, seed=args.seed, replica=0, replicas=1)
+    return TokenWeights(whole, setup.k, setup.replica, setup.replicas)
+
+
 def ends_of(updates: int, evaluations: int | None, eval_steps: int | None) -> list[int]:
     """The updates after which it is validated: the last one among them.
 
@@ -101,8 +114,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     learning = setup.learning(updates)
 
     corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
-    loader: Any = None if corpus is None else corpus.loader(micro_batch, sequence, seed=args.seed, replica=setup.replica,
-                                                            replicas=setup.replicas)
+    loader = None if corpus is None else loader_of(args, setup, corpus)
     set_peak_lr(setup.config, args.lr, rule=lr)
     warmup = WARMUP if args.warmup is None else args.warmup
     engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
