@@ -33,7 +33,7 @@ from run.places import check_file, check_picture
 from run.tables import environment, headline
 from studies.finetune_report import draw, tables
 from studies.finetune_run import train_alone
-from studies.finetune_settings import FinetuneSetting, FinetuneStudy, check, settings_of
+from studies.finetune_settings import BARE, FinetuneSetting, FinetuneStudy, check, settings_of
 from studies.results import Kind, Results
 
 METHODS = ("dgl", "overlapping", "delayed", "dsp")
@@ -56,6 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["dgl", "overlapping"], choices=METHODS)
     parser.add_argument("--stages", type=whole(2), nargs="+", default=[2, 4], metavar="J", help="(default: 2 4)")
     parser.add_argument("--block", nargs="+", help="further settings of the decoupled block, as JSON (default: as shipped)")
+    parser.add_argument("--bare", action="store_true", help="a loop of transformers and torch alone too, which backpropagation "
+                        "by the engine should equal")
     parser.add_argument("--seeds", type=whole(0, SEEDS), nargs="+", default=[0])
     parser.add_argument("--model", required=True, help="a folder that save_pretrained wrote, or a hub name")
     parser.add_argument("--data", required=True, help="a text file or a folder of them")
@@ -79,6 +81,7 @@ def all_settings(args: argparse.Namespace) -> list[FinetuneSetting]:
             raise ConfigError("--block", text, f"a JSON object is needed ({error})", 'For example {"head": "lens"}') from error
     found = [setting for method in args.methods
              for setting in settings_of([method], args.stages, args.block or [shipped_block(method)], args.seeds)]
+    found += [FinetuneSetting(BARE, seed=seed) for seed in args.seeds if args.bare]
     return sorted(dict.fromkeys(found), key=lambda setting: setting.method != "backprop")
 
 

@@ -63,8 +63,11 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     first, taught, *_, last = dgl["curves"]["validation_loss"]
     assert first == taught > last and first == backprop["curves"]["validation_loss"][0]
     assert dgl["teaching_seconds"] > 0 and dgl["parameters"]["read_only"] == 32 * 256 + 32
-    finetune_study.main(arguments)
-    assert "holds 2 of 2 runs already" in capsys.readouterr().err
+    finetune_study.main([*arguments, "--bare"])
+    told = capsys.readouterr()
+    assert "holds 2 of 3 runs already" in told.err and "| bare | – |" in told.out
+    bare = json.loads((tmp_path / "study.json").read_text())["runs"][-1]
+    assert bare["curves"]["validation_loss"] == pytest.approx(backprop["curves"]["validation_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dgl", "overlapping"])

@@ -86,8 +86,8 @@ METHODS: dict[str, Method] = {
 }
 """By the name that ``--methods`` takes."""
 
-SHARING = ("bare-backprop", "bare-backprop-threads", "bare-ddp", "pd_asgd-11", "pd_asgd", "pd_asgd-21", "pd_asgd-whole",
-           "hogwild-2", "hogwild-2-layers", "hogwild-3", "hogwild-3-layers")
+SHARING = ("bare-backprop", "bare-backprop-threads", "bare-backprop-copies", "bare-ddp", "pd_asgd-11", "pd_asgd",
+           "pd_asgd-21", "pd_asgd-whole", "hogwild-2", "hogwild-2-layers", "hogwild-3", "hogwild-3-layers")
 """Ways to give one model all cores."""
 
 ONE_RANK_LABELS = {"1f1b": "DeepSpeed", "delayed-chunked": "delayed, one stage"}

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from run.tables import MIB, table
-from studies.finetune_settings import FinetuneSetting
+from studies.finetune_settings import BARE, FinetuneSetting
 
 Runs = Mapping[FinetuneSetting, dict[str, Any]]
 
@@ -72,8 +72,9 @@ def tables(runs: Runs, updates: int) -> str:
     rows = []
     for line in lines_of(runs, updates):
         s, parameters = line.setting, line.runs[0]["parameters"]
-        rows.append([s.method, "–" if s.method == "backprop" else str(s.stages), s.block if s.block != "{}" else "–",
-                     str(len(line.runs)), f"{line.mean('validation_loss'):.3f}", _spread(line.by_updates),
+        whole = s.method in ("backprop", BARE)
+        rows.append([s.method, "–" if whole else str(s.stages), s.block if s.block != "{}" else "–",
+                     str(len(line.runs)), f"{line.mean('validation_loss'):.4f}", _spread(line.by_updates),
                      _spread(line.by_tokens), f"{line.mean('teaching_seconds'):.0f}",
                      f"{fmean(run['curves']['seconds'][-1] for run in line.runs):.0f}",
                      f"{line.mean('peak_memory_bytes') / MIB:.0f}", f"{parameters['heads'] / 1e6:.1f}"])
@@ -97,16 +98,16 @@ def draw(runs: Runs, updates: int, path: Path) -> None:
     for name in names:
         own = [line for line in lines if (line.setting.method, line.setting.block) == name]
         label = name[0] if [method for method, _ in names].count(name[0]) == 1 else f"{name[0]} {name[1]:.60}"
-        if name[0] != "backprop":
+        if name[0] not in ("backprop", BARE):
             places = [line.setting.stages for line in own]
             shares.plot(places, [fmean(line.by_updates) for line in own], "-", marker="o", color=colours[name], label=label)
             shares.plot(places, [fmean(line.by_tokens) for line in own], ":", marker="o", fillstyle="none", color=colours[name])
         for line in own:
-            curves, stages = line.runs[0]["curves"], "" if name[0] == "backprop" else f", J = {line.setting.stages}"
+            curves, stages = line.runs[0]["curves"], "" if name[0] in ("backprop", BARE) else f", J = {line.setting.stages}"
             time.plot(curves["seconds"], curves["validation_loss"], marker=".", color=colours[name],
                       linestyle="-" if line.setting.stages < 3 else "--", label=f"{label}{stages}")
     shares.axhline(1, color="grey", linewidth=0.8)
-    shares.set_xticks(sorted({line.setting.stages for line in lines if line.setting.method != "backprop"}))
+    shares.set_xticks(sorted({line.setting.stages for line in lines if line.setting.method not in ("backprop", BARE)}))
     shares.set(xlabel="stages", ylabel="gain / backpropagation's gain", title="after equal updates; dotted: equal tokens")
     time.set(xlabel="seconds of one rank that has all stages", ylabel="validation loss, nats", title="teaching counted")
     for panel in (shares, time):

@@ -19,7 +19,8 @@ from lm.validation import validate
 from run.rates import parameter_groups
 from run.results import peak_memory_bytes
 from run.worlds import Parent
-from studies.finetune_settings import FinetuneSetting, FinetuneStudy
+from studies.finetune_bare import train_bare
+from studies.finetune_settings import BARE, FinetuneSetting, FinetuneStudy
 
 
 def train(setting: FinetuneSetting, study: FinetuneStudy, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def train(setting: FinetuneSetting, study: FinetuneStudy, progress: Callable[[in
     engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model))
     taught = setting.taught(study)
     updates = taught + study.updates
-    ends = sorted({*range(study.evaluate_every, updates, study.evaluate_every), study.updates, updates})
+    ends = study.ends(updates)
 
     def test() -> float:
         return validate(engine, corpus, study.micro_batch, study.sequence, study.eval_micro_batches)
@@ -76,5 +77,7 @@ def _parameters(engine: Any) -> dict[str, int]:
 
 def train_alone(parent: Parent, setting: FinetuneSetting, study: FinetuneStudy) -> dict[str, Any]:
     """A process's task: tells how many updates are made, and then what :func:`train` gives."""
+    if setting.method == BARE:
+        return train_bare(setting, study, parent.tell)
     deepspeed.init_distributed(dist_backend="gloo")
     return train(setting, study, parent.tell)

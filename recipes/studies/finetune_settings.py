@@ -8,6 +8,10 @@ from typing import Any
 
 from ds_decoupled.config import PRESETS, DecoupledConfig, parse_block
 
+WEIGHT_DECAY = 0.01
+BARE = "bare"
+"""A plain loop without an engine, in the place of a method's name."""
+
 
 @dataclass(frozen=True)
 class FinetuneStudy:
@@ -33,13 +37,17 @@ class FinetuneStudy:
     lr: float = 5e-5
     eval_micro_batches: int = 8
 
+    def ends(self, updates: int) -> list[int]:
+        """After which of ``updates``, those of teaching counted, it is validated."""
+        return sorted({*range(self.evaluate_every, updates, self.evaluate_every), min(self.updates, updates), updates})
+
 
 @dataclass(frozen=True)
 class FinetuneSetting:
     """One run.
 
     Attributes:
-        method: a preset's name; ``backprop``, which all are compared with, has one stage.
+        method: a preset's name, or :data:`BARE`, which has one stage as ``backprop`` has, which all are compared with.
         stages: J, each of as many blocks as the others.
         block: further settings of the ``decoupled`` block, as JSON text.
         seed: of the data.
@@ -67,11 +75,13 @@ class FinetuneSetting:
             block = {"stages": stage_bounds(self.stages, layers), **block}
         return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
                 "gradient_clipping": 1.0, "steps_per_print": 10**9,
-                "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": study.lr, "weight_decay": 0.01}},
+                "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": study.lr, "weight_decay": WEIGHT_DECAY}},
                 "decoupled": block}
 
     def taught(self, study: FinetuneStudy) -> int:
         """Updates of heads alone, before those of stages."""
+        if self.method == BARE:
+            return 0
         block = parse_block(self.config(study, 2 + 2 * self.stages))
         return 0 if block is None or block.head_teaching is None else block.head_teaching.updates
 
@@ -86,8 +96,8 @@ def stage_bounds(stages: int, layers: int) -> list[int]:
 
 
 def settings_of(methods: list[str], stages: list[int], blocks: list[str], seeds: list[int]) -> list[FinetuneSetting]:
-    """Backpropagation first, then every combination once, but for what is backpropagation by another name: the farthest loss
-    of a window that reaches the top from everywhere."""
+    """Backpropagation first, then every combination of methods of the engine once, but for what is backpropagation by another
+    name: the farthest loss of a window that reaches the top from everywhere."""
     found = []
     for seed in seeds:
         found.append(FinetuneSetting("backprop", seed=seed))
@@ -103,5 +113,5 @@ def _is_backprop(method: str, stages: int, block: str) -> bool:
 
 def check(settings: list[FinetuneSetting], study: FinetuneStudy, layers: int) -> list[DecoupledConfig]:
     """The blocks, read; raises ConfigError for what cannot work."""
-    read = [parse_block(setting.config(study, layers)) for setting in settings]
+    read = [parse_block(setting.config(study, layers)) for setting in settings if setting.method != BARE]
     return [block for block in read if block is not None]
