@@ -153,6 +153,19 @@ def test_tiny_run(tmp_path: Path) -> None:
     assert "| petra | 2 | 4 |" in done.stdout and numbers["environment"]["cpu"] in done.stdout
 
 
+def test_sharing(tmp_path: Path) -> None:
+    """Threads, split operations and data parallelism, each beside one core; DDP's replicas see two batches a call."""
+    output = tmp_path / "sharing.json"
+    done = run_benchmark("sharing", *TINY, "--model", "resnet18", "--calls", "6", "--output", str(output), "--methods",
+                         "bare-backprop", "bare-backprop-threads", "bare-ddp", "hogwild-2-layers")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(output.read_text())["sharing"]}
+    assert [row["error"] for row in rows.values()] == [None] * 4 and len(rows["bare-ddp"]["cpu"][0]) == 2
+    watched = rows["hogwild-2-layers"]["watched"][0]
+    assert len(watched["threads"]["forward_busy"]) == 2 and watched["staleness"]
+    assert "| backpropagation, bare loop | 1 |" in done.stdout and "| backpropagation, data parallel" in done.stdout
+
+
 def test_memory_and_reconstruction(tmp_path: Path) -> None:
     done = run_benchmark("memory", *TINY, "--k", "1", "--output", str(tmp_path / "memory.json"))
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 TAG = "best"
@@ -66,6 +68,10 @@ class Best:
         """
         best = self.place(progress)
         if self.folder is None or best is None or best == len(progress.score) - 1:
+            return None
+        if not Path(self.folder, TAG).is_dir():  # the same answer on every rank: it is a folder that all share
+            warnings.warn(f"the best test was before --resume, and {self.folder} does not hold its weights: the run ends with "
+                          "its last ones", stacklevel=2)
             return None
         engine.load_checkpoint(self.folder, tag=TAG, load_module_only=True)
         return best
