@@ -137,6 +137,9 @@ def draw(runs: Runs, target: float, path: Path) -> None:
             points = [(fmean(p["seconds"] for p in at), 100 * fmean(p["accuracy"] for p in at)) for at in curves]
             time.plot(*zip(*points), label=name, **style)
     rates.set_xscale("log")
+    known = sorted({setting.rate for setting in runs})
+    rates.set_xticks(known, [f"{rate:g}" for rate in known], minor=False)
+    rates.minorticks_off()
     rates.set(xlabel="peak of the learning rate", ylabel="test accuracy, %", title="in the end, one seed")
     time.axhline(100 * target, color="grey", linewidth=0.8)
     time.set(xlabel="seconds of training", title="at the tuned rate, mean over seeds")
