@@ -46,8 +46,8 @@ def test_every_row_once_an_epoch(tmp_path: Path) -> None:
     loader = of(texts(tmp_path / "a.jsonl")).loader(1, 7, seed=0, replica=0, replicas=1)
     epochs = [bytes(token for ids, _ in islice(loader, 40) for token in ids[0].tolist()).decode() for _ in range(2)]
     for epoch in epochs:
-        assert sorted(epoch.split("\n")[:-1]) == [f"row {i:02d}" for i in range(40)]
-    assert epochs[0] != epochs[1] and epochs[0].split("\n")[:-1] != sorted(epochs[0].split("\n")[:-1])
+        assert sorted(epoch.rstrip("\0").split("\n")) == [f"row {i:02d}" for i in range(40)]
+    assert epochs[0] != epochs[1] and epochs[0].split("\n") != sorted(epochs[0].split("\n"))
 
 
 def test_replicas_share_and_seek_resumes(tmp_path: Path) -> None:

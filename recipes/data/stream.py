@@ -41,7 +41,9 @@ class Stream:
 
     def told(self) -> str:
         """What is read, in words."""
-        return f"data: rows as they come, {len(self.held.validation[0]):,} to validate on"
+        held = self.held
+        count = f"{len(held.validation):,} tokens" if isinstance(held, Corpus) else f"{len(held.validation[0]):,} windows"
+        return f"data: rows as they come, {count} to validate on"
 
     @property
     def tokens(self) -> float:
@@ -122,7 +124,7 @@ def open_stream(data: str, tokenizer: Tokenizer, held: Corpus | Instructions, *,
     def rows(epoch: int, seed: int) -> Iterable[Row]:
         shuffled = source.shuffle(seed=seed, buffer_size=buffer)
         shuffled.set_epoch(epoch)
-        return shuffled  # type: ignore[no-any-return]
+        return shuffled
 
     def tokens(row: Row) -> Example:
         if examples:

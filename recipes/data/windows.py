@@ -38,8 +38,8 @@ class Corpus:
                     raise ConfigError("--sequence_length", sequence, f"the text of {option} has {len(part)} tokens",
                                       "Give more text or shorter sequences")
             return Corpus(ids, others)
-        if (last := _last_documents(documents)) and len(others := tokenizer.encode(last)) > sequence:
-            return Corpus(torch.tensor(tokenizer.encode(documents[:-len(last)])), torch.tensor(others))
+        if (last := _last_documents(documents)) and len(held := tokenizer.encode(last)) > sequence:
+            return Corpus(torch.tensor(tokenizer.encode(documents[:-len(last)])), torch.tensor(held))
         cut = len(ids) * 9 // 10
         if len(ids) - cut <= sequence:
             raise ConfigError("--sequence_length", sequence, f"the text has {len(ids)} tokens, and the last tenth of them must "
