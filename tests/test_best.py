@@ -74,8 +74,8 @@ def test_ends_with_the_best_weights(method: str, ranks: int, tmp_path: Path, tex
 def test_lines(tmp_path: Path, text: Path) -> None:
     """A line every so many updates, and the monitor's file has the speed too."""
     done = launch("train_lm", "--deepspeed_config", config_file(tmp_path, "delayed", k=1), "--data", text, "--blocks", "1",
-                  "--plain", *SHORT, "--logging_steps", "16", "--report_to", "csv", "--peak_tflops", "0.1", ranks=1,
-                  cwd=tmp_path)
+                  "--plain", *SHORT, "--eval_steps", "48", "--logging_steps", "16", "--report_to", "csv",
+                  "--peak_tflops", "0.1", ranks=1, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("update ")]
     assert [line.split(":")[0] for line in lines] == ["update 16", "update 32", "update 48"]
