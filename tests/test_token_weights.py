@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from recipe_runs import run
+from recipe_runs import config_file, run
 from tiny_lm import save_tiny
 
 from data.examples import NOT_ASKED
@@ -78,3 +79,18 @@ def test_an_update(method: str, ranks: int, pipe_ranks: int, k: int, tmp_path: P
         assert parameter.grad is not None
         change = tuned[name].detach() - parameter.detach()
         assert torch.allclose(change, -RATE * parameter.grad, rtol=1e-3, atol=1e-6), name
+
+
+TAUGHT = {"head": "lens:1", "head_teaching": {"updates": 2, "lr": 3e-3, "target": "model"}}
+
+
+@pytest.mark.parametrize(("method", "ranks", "block"), [
+    ("dgl", 2, {"stages": 2, **TAUGHT}), ("overlapping", 2, {"stages": 4, "losses": "farthest", **TAUGHT}),
+    ("dgl", 1, {"stages": 2}), ("pd_asgd", 1, {"stages": 2})])
+def test_methods_take_them(method: str, ranks: int, block: dict[str, Any], tmp_path: Path) -> None:
+    """Targets with their weight go wherever targets go: to heads, to their teaching, over links, to threads."""
+    model = save_tiny(tmp_path / "llama", num_hidden_layers=6)
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, method, **block), "--model", model,
+                  "--data", written(tmp_path / "a.jsonl", 40), "--validation", written(tmp_path / "b.jsonl", 8),
+                  "--max_length", str(LENGTH), "--micro_batches", "40", "--evaluations", "2", "--sample", "0", ranks=ranks)
+    assert results["validation_loss"] < results["validation_loss_before"] - 0.5
