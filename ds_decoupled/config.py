@@ -173,7 +173,7 @@ class DecoupledConfig(BaseModel):
             layers, or ``"module:callable"`` (:mod:`ds_decoupled.nn.heads`); by default ``"lm"`` where stages give
             ``(N, T, width)``, ``"mlp"`` where ``(N, features)``, else ``"mlp-sr"``.
         head_lr: the learning rate of a stage's head, as a factor of the stage's.
-        head_teaching: how heads are taught before stages learn: an object of :class:`TeachingSettings`' attributes.
+        head_teaching: how heads are taught before anybody learns from them: an object of :class:`TeachingSettings`' attributes.
         head_refresh: updates after which a shared head is brought up to date.
         transport: factor of the penalty on what residual layers add to what passes through them, part of every stage's own loss
             (:mod:`ds_decoupled.stages.transport`); 0 is none.

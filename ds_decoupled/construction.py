@@ -46,7 +46,6 @@ from ds_decoupled.stages.head_builder import build_heads
 from ds_decoupled.stages.worker import Worker
 from ds_decoupled.start_checks import check_experts, check_loss, check_reconstruct, check_sparse, check_zero
 from ds_decoupled.step_log import StepLog
-from ds_decoupled.teaching import HeadTeaching
 from ds_decoupled.watchers import AuxNetCost, Breakdown, GradientTracker, Watcher
 
 
@@ -72,8 +71,6 @@ class ConstructedEngine(compat.PipelineEngineBase):
         # Ranks that run free report what they have, and wait for no other's.
         reported_by = None if self.axes.pace == "free" else self._replicas
         self.losses = Losses(self.device, reported_by, lambda: self.module.get_additional_losses())
-        teaching = self.decoupled.head_teaching
-        self.teaching = None if teaching is None else HeadTeaching(self.passes, teaching, self.losses.add)
         self._make_workers()
         self._hooks = compat.hooks_of(self.module)  # DeepSpeed's own
 
@@ -102,7 +99,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
         self.network = runner_of(axes).network_class(
             grid, self.placement, rank, self.device,
             partial(codecs_of, forward=block.codec.forward, backward=block.codec.backward, vq=block.vq.model_dump()),
-            block.timeout, self._queue(), beside=block.track_gradients > 0 or block.head_teaching is not None,
+            block.timeout, self._queue(), beside=block.track_gradients > 0,
             seed=lambda: self.seeds.base, replay=replay,
             every_link=block.codec.every_link, memory=torch.device("cpu") if block.replay.memory == "host" else None)
         self.passes = Passes(self.network, self.stages)
@@ -149,6 +146,7 @@ class ConstructedEngine(compat.PipelineEngineBase):
         for index, stage in self.stages.items():
             stage.returns_input = index - 1 in self.plan.wants_output
             stage.follow(self.stage_optimizers[index].part_of_peak)
+            self.stage_optimizers[index].lesson = stage.lesson
         self.instruction_map = instruction_map(self.runner.act)
         self._set_k()
         self.step_log = StepLog(self, breakdown)
@@ -162,8 +160,10 @@ class ConstructedEngine(compat.PipelineEngineBase):
     def configure_optimizers(self, client_optimizer: Any, model_parameters: Any) -> None:
         """One optimizer per stage, of the client's kind or the JSON's."""
         self._make_stages()
+        block = self.decoupled
+        head_lr = None if block.head_lr == 1 and block.head_teaching is None else block.head_lr
         together(lambda: build_optimizers(self, self.stages, self._optimizers, client_optimizer, list(model_parameters),
-                                          self.lr_divisor, self.decoupled.head_lr))
+                                          self.lr_divisor, head_lr))
         check_sparse(self, self.stages, self.stage_optimizers)
 
     def configure_lr_schedulers(self) -> None:

@@ -32,7 +32,6 @@ from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.evaluation import evaluate
 from ds_decoupled.stages.autocast import refuse_ambient
 from ds_decoupled.summary import summarize
-from ds_decoupled.teaching import HeadTeaching
 from ds_decoupled.watchers import Watcher
 
 
@@ -62,8 +61,6 @@ class DecoupledPipelineEngine(ConstructedEngine):
         Args:
             data_iter: yields ``(inputs, labels)`` (:mod:`ds_decoupled.feed`); needed on the first stage's ranks alone.
 
-        While heads are taught (``head_teaching``) the k micro-batches teach them, and stages stay as they are.
-
         Returns:
             The mean loss of the micro-batches whose loss (on the rank of the last stage) or whose gradient (elsewhere)
             this rank dealt with in this call, averaged over data-parallel replicas; NaN if there was none, as while the
@@ -83,8 +80,6 @@ class DecoupledPipelineEngine(ConstructedEngine):
         start = time.perf_counter()
         full = self.axes.flush or self.runner.through > self.runner.first
         self._optimizers.before_batch()
-        if self.teaching is not None and self.teaching.due:
-            return self._teach_heads(self.teaching, start)
         with self._training("train_batch"):
             if self.runner.end is None:
                 self._enter_phase()
@@ -97,7 +92,7 @@ class DecoupledPipelineEngine(ConstructedEngine):
         if end is not None:
             raise end.error or StopIteration(f"the data ended before micro-batch {end.micro_batch}; drain() finishes what is "
                                              "in flight")
-        self.step_log.after_batch(self.losses, loss, beside=self.runner.told)
+        self.step_log.after_batch(self.losses, loss, beside=lambda: self.runner.told() or self._lesson())
         return loss
 
     def _enter_phase(self) -> None:
@@ -111,24 +106,10 @@ class DecoupledPipelineEngine(ConstructedEngine):
             self.runner.drain()  # nothing is in flight, and ticks count anew
             self.runner.plan, self.runner.flush = plan, serial
 
-    def _teach_heads(self, teaching: HeadTeaching, start: float) -> Tensor:
-        """A call of ``train_batch`` in which heads learn and stages do not."""
-        with self._training("train_batch"):
-            batches = self.feed.fetch(self.data_iterator, self.batch_fn, self.micro_batches, self._replicas
-                                      ) if self.is_first_stage() else None
-            error = teaching.update(self.micro_batches, batches)
-            loss = self.losses.mean()
-        if isinstance(error, StopIteration):
-            which = f"{teaching.done + 1} of {teaching.settings.updates}"
-            raise StopIteration(f"the data ended before update {which} in which heads are taught") from error
-        if error is not None:
-            raise error
-        if not teaching.due:
-            for optimizer in self.stage_optimizers.values():
-                optimizer.weights_replaced()
-        self.step_log.took(time.perf_counter() - start, whole=False)
-        self.step_log.after_batch(self.losses, loss, f"heads are taught ({teaching.done} of {teaching.settings.updates}) ")
-        return loss
+    def _lesson(self) -> str:
+        """Whether heads are taught, for the log."""
+        settings, done = self.decoupled.head_teaching, self.stage_optimizers[min(self.stages)].updates
+        return f"(heads are taught: {done} of {settings.updates})" if settings is not None and done <= settings.updates else ""
 
     def drain(self) -> Tensor:
         """Finish every micro-batch in flight, on all ranks; every stage then has made the same number of updates.
@@ -279,8 +260,17 @@ class DecoupledPipelineEngine(ConstructedEngine):
 
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""
-        teaching, beside = self.teaching, sum(refresh.bytes_sent for refresh in self._refreshes)
-        lessons = {} if teaching is None else {"head_teaching": teaching.report(self.train_batch_size())}
+        lessons = {} if self.decoupled.head_teaching is None else {"head_teaching": self._lessons()}
         return summarize(self.decoupled.method, self.plan, self.axes.hops, self.axes.flush, self.workers, self.network,
-                         self.watchers, beside + (0 if teaching is None else teaching.bytes_sent),
+                         self.watchers, sum(refresh.bytes_sent for refresh in self._refreshes),
                          {**self.runner.report(), **lessons})
+
+    def _lessons(self) -> dict[str, Any]:
+        """How far heads were taught, and each one's loss by update. A collective call."""
+        settings = self.decoupled.head_teaching
+        assert settings is not None
+        parts = gather({s: (self.stage_optimizers[s].updates, lesson.losses) for s, stage in self.stages.items()
+                        if (lesson := stage.lesson) is not None and lesson.has_head})
+        by_stage = {s: told for part in parts for s, told in part.items()}
+        return {"updates": min([settings.updates, *(updates for updates, _ in by_stage.values())]), "of": settings.updates,
+                "losses": {s: losses for s, (_, losses) in sorted(by_stage.items())}}

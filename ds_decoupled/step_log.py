@@ -41,9 +41,9 @@ class StepLog:
         if whole:
             self._slow.add(seconds)
 
-    def after_batch(self, losses: Losses, loss: Tensor, what: str = "", beside: Callable[[], str] = str) -> None:
-        """A call has made its update. While the pipeline fills it has no loss, and none is told; ``what`` else it did is, and
-        ``beside``: what else there is to tell."""
+    def after_batch(self, losses: Losses, loss: Tensor, beside: Callable[[], str] = str) -> None:
+        """A call has made its update. While the pipeline fills it has no loss, and none is told; ``beside``: what
+        else there is to tell."""
         engine = self.engine
         engine.global_steps += 1
         engine.global_samples += engine.train_batch_size()
@@ -62,6 +62,6 @@ class StepLog:
             shown = {"loss": loss, **(losses.additional or {})} if losses else {}
             more = beside()
             told = " ".join(f"{name}: {value.item():0.4f}" for name, value in shown.items()) or "loss: none yet"
-            print(f"steps: {engine.global_steps} {what}{told} samples/sec: {rate:0.3f}{' ' * bool(more)}{more}", flush=True)
+            print(f"steps: {engine.global_steps} {told} samples/sec: {rate:0.3f}{' ' * bool(more)}{more}", flush=True)
         if self.breakdown is not None:
             print(self.breakdown.line(engine.global_steps), flush=True)

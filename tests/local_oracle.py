@@ -7,11 +7,15 @@ their back, so that what comes later finds the new values.
 
 The transport penalty belongs to a stage's own loss: the sum over its layers of the mean square of what each adds. A stage that
 rebuilds has ten times the mean squared error of its input (the first one: of its first layer's output) as its loss.
+
+A lesson: in the first updates heads step by a rate of their own, which rises linearly and falls by a cosine to 0, and a stage
+that would learn from any head gets no gradient.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -27,11 +31,15 @@ class LocalOracle:
 
     def __init__(self, stages: list[nn.Sequential], heads: list[nn.Module | None], *, window: int, farthest: bool,
                  hops: tuple[int, int], k: int, lr: float = 0.1, momentum: float = 0.9, refresh: int = 0,
-                 transport: float = 0.0, rebuild: bool = False) -> None:
+                 transport: float = 0.0, rebuild: bool = False, head_lr: float = 1.0,
+                 lesson: dict[str, Any] | None = None) -> None:
         self.stages, self.heads, self.window, self.farthest, self.hops, self.k = stages, heads, window, farthest, hops, k
         self.refresh, self.transport, self.rebuild = refresh, transport, rebuild
         self.parameters = [[*s.parameters(), *self._head_parameters(h)] for s, h in zip(stages, heads)]
-        self.optimizers = [torch.optim.SGD(p, lr=lr, momentum=momentum) for p in self.parameters]
+        self.lr, self.head_lr, self.lesson = lr, head_lr, lesson
+        self.optimizers = [torch.optim.SGD([{"params": list(s.parameters())}, {"params": self._head_parameters(h)}],
+                                           lr=lr, momentum=momentum) for s, h in zip(stages, heads)]
+        self.taught: list[list[float]] = [[] for _ in stages]
         self.losses: dict[tuple[int, int], float] = {}
         self.grads: dict[tuple[int, int], list[Tensor]] = {}
         self._done = [0] * len(stages)
@@ -89,6 +97,17 @@ class LocalOracle:
                     if loss == self.losses_of(s)[-1]:
                         self._learn(m, s, made, at_output, head_grads)
 
+    def _is_lesson(self, update: int) -> bool:
+        return self.lesson is not None and update < self.lesson["updates"]
+
+    def _set_rates(self, s: int, update: int) -> None:
+        stage, head = self.optimizers[s].param_groups
+        stage["lr"], head["lr"] = self.lr, self.lr * self.head_lr
+        if self._is_lesson(update):
+            head["lr"] = rate(update, **self.lesson)
+            if self.heads[s] is not None:
+                self.taught[s].append(sum(self.losses[update * self.k + i, s] for i in range(self.k)) / self.k)
+
     def _forward(self, stage: nn.Sequential, leaves: Any) -> tuple[Any, list[Tensor], Any]:
         """What the stage gives, the penalties of its layers, and what its first layer gives."""
         x = tuple(t.clone() for t in leaves) if isinstance(leaves, tuple) else leaves.clone()
@@ -139,14 +158,26 @@ class LocalOracle:
         parameters = list(self.stages[s].parameters())
         found = torch.autograd.grad([*_tuple(y), *penalties], parameters, [*dy, *ones], retain_graph=True)
         head = [] if self.heads[s] is None else head_grads[m, s]
-        for p, g in zip(self.parameters[s], [*found, *head]):
+        pairs = list(zip(self.parameters[s], [*found, *head]))
+        if self._is_lesson(m // self.k) and any(self.heads[loss] is not None for loss in self.losses_of(s)):
+            pairs = pairs[len(found):]
+        for p, g in pairs:
             p.grad = g.clone() if p.grad is None else p.grad + g
         self.grads[m, s] = list(found)
         self._done[s] += 1
         if self._done[s] % self.k == 0:
+            self._set_rates(s, m // self.k)
             with torch.autograd._unsafe_preserve_version_counter(tuple(self.parameters[s])):
                 self.optimizers[s].step()
             self.optimizers[s].zero_grad()
+
+
+def rate(update: int, updates: int, lr: float, warmup: float) -> float:
+    """Of an update of the lesson, from 0."""
+    rising = round(updates * warmup)
+    if update < rising:
+        return lr * ((update + 1) / rising)
+    return lr * (0.5 * (1 + math.cos(math.pi * (update - rising) / max(1, updates - rising))))
 
 
 def copies(heads: dict[int, nn.Module], count: int) -> list[nn.Module | None]:

@@ -31,7 +31,7 @@ class Trained(Protocol):
 
 
 def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], optimizers: StageOptimizers, client: Any,
-                     parameters: list[Any], divisor: Divisor, head_lr: float = 1.0) -> None:
+                     parameters: list[Any], divisor: Divisor, head_lr: float | None = None) -> None:
     """One optimizer for each stage.
 
     Args:
@@ -41,14 +41,15 @@ def build_optimizers(engine: PipelineEngineBase, stages: Mapping[int, Trained], 
         client: the user's instance or callable; None for the JSON's.
         parameters: to train, or groups of them; an instance has its own.
         divisor: of the stages' rates.
-        head_lr: heads' rates, as a factor of their stages'.
+        head_lr: heads' rates, as a factor of their stages'; None where heads have no rates of their own.
 
     Raises:
-        ConfigError: for ``head_lr`` where heads have no groups of their own.
+        ConfigError: for ``head_lr`` where heads cannot have groups of their own.
     """
-    if head_lr != 1 and (isinstance(client, Optimizer) or engine.optimizer_name() == MUON_OPTIMIZER and client is None):
+    if head_lr is not None and (isinstance(client, Optimizer) or engine.optimizer_name() == MUON_OPTIMIZER and client is None):
         which = "the optimizer that was given" if isinstance(client, Optimizer) else "DeepSpeed's Muon"
-        raise ConfigError("decoupled.head_lr", head_lr, f"heads join the groups of {which}, and have their rates",
+        name = "head_lr" if head_lr != 1 else "head_teaching"
+        raise ConfigError(f"decoupled.{name}", head_lr, f"heads join the groups of {which}, and have their rates",
                           "Leave it out, or take an optimizer of the JSON such as AdamW.")
     for index, stage in stages.items():  # DeepSpeed's bf16 asks every parameter for its name
         engine.param_names.update({p: f"stage_{index}.head.{i}" for i, p in enumerate(stage.head_parameters)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,20 +83,38 @@ HEAD_LR = "head_lr"
 """Of a group that is a head's: its rate as a factor of the stage's."""
 
 
-def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter], factor: float = 1.0) -> list[Any]:
+class Lesson(Protocol):
+    """What is asked here of a lesson (:mod:`ds_decoupled.stages.lesson`): rates while a head is taught."""
+
+    @property
+    def still(self) -> bool:
+        """Whether the stage holds still."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the stage has a head that is taught."""
+
+    def lasts(self, update: int) -> bool:
+        """Whether ``update`` belongs to it."""
+
+    def rate(self, update: int) -> float:
+        """The head's, in ``update``."""
+
+
+def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter], factor: float | None = None) -> list[Any]:
     """A stage's parameters (or groups) for its optimizer, with the head's: where there are groups, a head's biases and norms
     do not decay.
 
     Args:
         own, head: of the stage and of its head.
-        factor: the head's rate as one of the stage's; other than 1 it makes groups.
+        factor: the head's rate as one of the stage's, which makes groups; None where it has no rate of its own.
     """
     if not head:
         return list(own)
     grouped = any(isinstance(item, Mapping) for item in own) or not own
-    if not grouped and factor == 1:
+    if not grouped and factor is None:
         return [*own, *head]
-    marked = {} if factor == 1 else {HEAD_LR: factor}
+    marked = {} if factor is None else {HEAD_LR: factor}
     if not grouped:
         return [{"params": list(own)}, {"params": list(head), **marked}]
     flat = [p for p in head if p.ndim <= 1]
@@ -106,12 +124,23 @@ def groups_with_heads(own: Sequence[Any], head: Sequence[nn.Parameter], factor: 
 
 
 @contextmanager
-def scaled_lr(groups: Sequence[Group], divisor: float) -> Iterator[None]:
-    """Within, the groups' rates are divided, and heads' times their factor; behind, a scheduler finds what it left."""
+def scaled_lr(groups: Sequence[Group], divisor: float, lesson: Lesson | None = None, update: int = 0) -> Iterator[None]:
+    """Within, the groups' rates are divided, and heads' times their factor; behind, a scheduler finds what it left.
+
+    Args:
+        groups: an optimizer's.
+        divisor: of the stage's rate.
+        lesson: what the head's rate is instead in ``update``, and whether the stage's is 0.
+        update: the stage's, from 0.
+    """
     scheduled = [group["lr"] for group in groups]
     try:
         for group, lr in zip(groups, scheduled):
-            if divisor != 1 or HEAD_LR in group:
+            if lesson is not None and HEAD_LR in group:
+                group["lr"] = lesson.rate(update)
+            elif lesson is not None and lesson.still:
+                group["lr"] = 0.0
+            elif divisor != 1 or HEAD_LR in group:
                 group["lr"] = lr * group.get(HEAD_LR, 1.0) / divisor
         yield
     finally:

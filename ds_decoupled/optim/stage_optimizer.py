@@ -13,7 +13,7 @@ from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.optim import sparse, wrapped
 from ds_decoupled.optim.client import ClientOptimizer
-from ds_decoupled.optim.groups import Group, GroupsView, scaled_lr
+from ds_decoupled.optim.groups import Group, GroupsView, Lesson, scaled_lr
 from ds_decoupled.optim.scheduler import advance, bound_copy, check_scheduler, show
 
 
@@ -27,6 +27,9 @@ class StageOptimizer:
         basic_optimizer: the one inside, whose groups hold the rates.
         lr_divisor: what the scheduled rate is divided by, from the number of updates made so far.
         of: the rank's optimizers, of which this is one.
+
+    Attributes:
+        lesson: rates of the first updates, where the stage has a part in teaching heads.
     """
 
     def __init__(self, engine: PipelineEngineBase, parameters: list[nn.Parameter], optimizer: Any,
@@ -37,6 +40,7 @@ class StageOptimizer:
         self.basic_optimizer = basic_optimizer
         self.lr_divisor = lr_divisor
         self.lr_scheduler: Any = None
+        self.lesson: Lesson | None = None
         self.updates = 0
         self.grad_norm: float | None = None
 
@@ -51,11 +55,15 @@ class StageOptimizer:
         if self.optimizer is None:
             self.updates += 1
             return
+        lesson = self.lesson if self.lesson is not None and self.lesson.lasts(self.updates) else None
+        if lesson is not None and lesson.still and not lesson.has_head:  # no gradient is there
+            self.stepped()
+            return
         self.of.before_step()
         rows = [p for p in self.parameters if p.grad is not None and p.grad.is_sparse]
         if rows and self.engine.is_data_parallel and self.of.average is None:
             sparse.average(rows, self.engine.mpu.get_data_parallel_group())
-        with scaled_lr(self.basic_optimizer.param_groups, divisor):
+        with scaled_lr(self.basic_optimizer.param_groups, divisor, lesson, self.updates):
             clip = sparse.clip if rows else None
             self.grad_norm = wrapped.reduce_and_step(self.engine, self.optimizer, self.parameters, clip,
                                                      self.of.average)

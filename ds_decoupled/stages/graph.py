@@ -73,10 +73,14 @@ class GraphSegment(Segment):
         wanted = [t for t in as_tuple(record.inputs) if t.requires_grad]
         pairs = self._pairs(record, grads, penalty)
         if not wanted or not pairs:
-            return tuple(None for _ in as_tuple(record.inputs))
+            return self.nothing(micro_batch)
         found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], retain_graph=True,
                                          allow_unused=True))
         return tuple(next(found) if t.requires_grad else None for t in as_tuple(record.inputs))
+
+    def nothing(self, micro_batch: int) -> Gradients:
+        """What :meth:`relay` gives where nothing goes back."""
+        return tuple(None for _ in as_tuple(self._records[micro_batch].inputs))
 
     def drop(self, micro_batch: int) -> None:
         """Nobody goes back through this micro-batch."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 from torch import nn
 
-from ds_decoupled.collectives import averaging, gather, together
+from ds_decoupled.collectives import gather, together
 from ds_decoupled.compat import layer_specs
 from ds_decoupled.config import DecoupledConfig
 from ds_decoupled.links.vector import VectorCodec, check_vectors
@@ -108,7 +108,8 @@ def build_heads(stages: Mapping[int, Stage], passes: Passes, module: Any, config
     _give_losses(local, module.loss_fn)
     if config.head_teaching is not None:
         for stage in local.values():
-            stage.lesson = Lesson(config.head_teaching, stage.head_parameters, averaging(passes.network.replicas))
+            if stage.learns_from_head or stage.head is not None:
+                stage.lesson = Lesson(config.head_teaching, still=stage.learns_from_head, has_head=stage.head is not None)
     if readout is None:
         return []
     source = module.forward_funcs[-1] if any(stage.is_last for stage in local.values()) else None

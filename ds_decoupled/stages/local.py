@@ -19,7 +19,9 @@ gradient of the loss that stands behind it)::
 With a window of 3, stage 1 has two stages above it within reach, and a gradient passes through it to stage 0 without being its
 last: that is ``G``, a relay. Between ``H`` and ``B`` a stage keeps its graph, and the gradients that have come so far.
 
-A head learns from its own stage's loss alone, at the same update as the stage.
+A head learns from its own stage's loss alone, at the same update as the stage. Where heads are taught first
+(:mod:`ds_decoupled.stages.lesson`), stages that would learn from one forward alone meanwhile, and what comes down to them is
+empty.
 """
 
 from __future__ import annotations
@@ -36,7 +38,6 @@ from ds_decoupled.nn.heads import StageHead, one_tensor
 from ds_decoupled.nn.reconstruction import reconstruction_loss
 from ds_decoupled.schedules import Kind, Slot
 from ds_decoupled.stages.graph import GraphSegment
-from ds_decoupled.stages.lesson import Lesson, divergence
 from ds_decoupled.stages.means import Means
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.stage import Stage
@@ -68,7 +69,6 @@ class LocalStage(Stage):
         above: stages above this one.
         own_loss: the stage's copy of a ``loss_fn`` that has a state; it learns with the head.
         transport: the penalty that is part of its own loss, and goes wherever that goes; None for none.
-        lesson: of the head, before the stage learns; None where heads are not taught.
     """
 
     handlers = {**Stage.handlers, Kind.HEAD: "on_head", Kind.RELAY: "on_relay"}
@@ -79,7 +79,6 @@ class LocalStage(Stage):
         self.above = self.shared.stages - 1 - self.index
         self.head: StageHead | None = None
         self.own_loss: nn.Module | None = None
-        self.lesson: Lesson | None = None
         self.transport = Transport(self.shared.transport) if self.shared.transport else None
         self._entry: Tensor | None = None
         if not self.is_last:
@@ -91,6 +90,15 @@ class LocalStage(Stage):
     def has_loss(self) -> bool:
         """Whether anybody learns from its loss."""
         return not self.farthest or self.index >= min(self.window, self.shared.stages) - 1
+
+    @property
+    def _k(self) -> int:
+        return round(1 / self.scale)
+
+    @property
+    def learns_from_head(self) -> bool:
+        """Whether a loss that it learns from is a head's, not the model's own."""
+        return not self.is_last and (not self.farthest or self.window <= self.above)
 
     @property
     def _graph(self) -> GraphSegment:
@@ -142,11 +150,27 @@ class LocalStage(Stage):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def on_forward(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """Nobody learns from its own loss."""
+        self._enter(micro_batch)
+        return super().on_forward(micro_batch, inputs, labels)
+
+    def _enter(self, micro_batch: int) -> bool:
+        """Whether ``micro_batch``, which goes up now, belongs to the lesson."""
+        return self.lesson is not None and self.lesson.enter(micro_batch, self._k)
+
+    def _holds(self, micro_batch: int) -> bool:
+        """Whether it learns nothing from ``micro_batch``, nor do the stages below."""
+        return self.lesson is not None and self.lesson.holds(micro_batch)
+
     def on_head(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         """Forward, own loss, and its gradient to the input; the graph waits for losses above."""
+        taught = self._enter(micro_batch)
         outputs = self.forward(micro_batch, inputs)
         loss, grads, head_grads = self._own_loss(micro_batch, outputs, self._target(inputs, labels))
-        passed_on = self._graph.relay(micro_batch, grads, self.scale) if self.index > 0 else None
+        passed_on: Gradients | None = None
+        if self.index > 0:  # whoever learns from the head below holds still as long as it is taught
+            passed_on = self._graph.nothing(micro_batch) if taught else self._graph.relay(micro_batch, grads, self.scale)
         kept: list[Tensor | None] = [None] * len(grads) if self.farthest else list(grads)
         self._waiting[micro_batch] = _Waiting(kept, head_grads)
         return Outcome({Slot.OUTPUT: (outputs, labels), **self.down(passed_on, inputs, loss)}, loss, inputs=inputs)
@@ -169,6 +193,8 @@ class LocalStage(Stage):
 
     def relay(self, micro_batch: int, grads: Gradients) -> Gradients | None:
         """The gradient of a loss above, to the input; kept for the sum too."""
+        if self._holds(micro_batch):
+            return self._graph.nothing(micro_batch) if self.index > 0 else None
         if not self.farthest:
             self._collect(micro_batch, grads)
         return self._graph.relay(micro_batch, grads) if self.index > 0 else None
@@ -178,21 +204,27 @@ class LocalStage(Stage):
         self.in_flight.remove(micro_batch)
         self._collect(micro_batch, grads)
         waiting = self._waiting.pop(micro_batch)
+        holds = self._holds(micro_batch)
         # At the top end a window is cut short, and the stage below learns from this loss too.
         reaches_below = self.index > 0 and min(self.window - 1, self.above) <= self.window - 2
         passed_on: Gradients | None = None
         with self.seeds.scope():
             if reaches_below:
-                passed_on = self._graph.relay(micro_batch, grads)
-            if self.stopped:
+                passed_on = self._graph.nothing(micro_batch) if holds else self._graph.relay(micro_batch, grads)
+            if self.stopped or holds:
                 self._graph.drop(micro_batch)
             else:
                 self._graph.backward_to_weights(micro_batch, tuple(waiting.grads), 0.0 if self.farthest else self.scale)
         self.weights.backward_done(micro_batch)
         if not self.stopped:
-            for parameter, grad in zip(self.head_parameters, waiting.head_grads):
-                parameter.grad = _added(parameter.grad, grad)
+            self._give_head(waiting.head_grads)
+        if self.lesson is not None:
+            self.lesson.leave(micro_batch)
         return (), passed_on
+
+    def _give_head(self, grads: list[Tensor | None]) -> None:
+        for parameter, grad in zip(self.head_parameters, grads):
+            parameter.grad = _added(parameter.grad, grad)
 
     def _whole(self, inputs: Tensors, micro_batch: int) -> tuple[Tensors, list[Tensor]]:
         if self.transport is None:
@@ -203,14 +235,31 @@ class LocalStage(Stage):
     def _alone(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
         if self.stopped:
             return self._only_forward(micro_batch, inputs, labels)
+        if self._enter(micro_batch):
+            return self._teach_head(micro_batch, inputs, labels)
         outputs = self.forward(micro_batch, inputs)
         self.in_flight.remove(micro_batch)
         loss, grads, head_grads = self._own_loss(micro_batch, outputs, self._target(inputs, labels))
         self._graph.backward_to_weights(micro_batch, grads, self.scale)
         self.weights.backward_done(micro_batch)
-        for parameter, grad in zip(self.head_parameters, head_grads):
-            parameter.grad = _added(parameter.grad, grad)
+        self._give_head(head_grads)
         return Outcome({Slot.OUTPUT: (outputs, labels)}, loss, complete=True, inputs=inputs)
+
+    def _teach_head(self, micro_batch: int, inputs: Tensors, labels: Any) -> Outcome:
+        """The stage holds still: forward, and the gradients of the head."""
+        assert self.lesson is not None
+        with torch.no_grad():
+            outputs = detach(self.plain_forward(micro_batch, inputs))
+        loss, _, head_grads = self._own_loss(micro_batch, outputs, labels)
+        self._give_head(head_grads)
+        self.lesson.leave(micro_batch)
+        return Outcome({Slot.OUTPUT: (outputs, labels)}, loss, complete=True, inputs=inputs)
+
+    def on_update(self, update: int) -> Outcome:
+        """The k-th gradient is there."""
+        if self.lesson is not None:
+            self.lesson.updated(self._k)
+        return super().on_update(update)
 
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
         value = super().loss(outputs, labels)
@@ -236,6 +285,8 @@ class LocalStage(Stage):
         found = torch.autograd.grad(loss * self.scale if self.scale != 1 else loss, [*wanted, *parameters], allow_unused=True)
         by_end = iter(found[:len(wanted)])
         at_ends = tuple(next(by_end) if t.requires_grad else None for t in as_tuple(ends))
+        if self.lesson is not None:
+            self.lesson.tell(micro_batch, loss.detach())
         return loss.detach(), at_ends, list(found[len(wanted):])
 
     def _collect(self, micro_batch: int, grads: Gradients) -> None:
@@ -264,26 +315,6 @@ class LocalStage(Stage):
             votes = self._logits(outputs).float().softmax(dim=-1)
         self.head.train(training)
         return [votes]
-
-    # -- before it learns ------------------------------------------------------------------------------------------------
-
-    def says(self, stream: Tensors) -> Tensor:
-        """What the model says of its last layer's input: log-probabilities ``(..., classes)``, by the head's own readout."""
-        assert self.head is not None
-        with torch.no_grad(), self.autocast.forward():
-            return self.head.readout(stream).float().log_softmax(-1)
-
-    def teach(self, micro_batch: int, outputs: Tensors, labels: Any, said: Tensor | None) -> Tensor:
-        """Add the gradients of its head alone: of its distance to what is said, or of the loss. Returns that."""
-        with self.seeds.scope(), torch.enable_grad():
-            self.seeds.set(_HEAD_SEED + self.index, micro_batch)
-            logits = self._logits(detach(outputs))
-            loss = super().loss(logits, labels) if said is None else divergence(logits, said)
-        parameters = self.head_parameters
-        found = torch.autograd.grad(loss * self.scale if self.scale != 1 else loss, parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, found):
-            parameter.grad = _added(parameter.grad, grad)
-        return loss.detach()
 
     # -- what it reports --------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from ds_decoupled.stages.autocast import Autocast
 from ds_decoupled.stages.buffers import Buffers
 from ds_decoupled.stages.graph import GraphSegment
 from ds_decoupled.stages.layers import Layer, Layers, Listener, backward, input_gradients, scalar_loss
+from ds_decoupled.stages.lesson import Lesson
 from ds_decoupled.stages.outcome import Outcome
 from ds_decoupled.stages.randomness import LayerSeeds
 from ds_decoupled.stages.recompute import RecomputeSegment
@@ -84,6 +85,7 @@ class Stage:
         returns_input: whether the stage below wants its output back, beside its gradient.
         observers: are told what goes through its segments.
         stopped: whether it learns no more, and forwards in evaluation mode.
+        lesson: its part in teaching heads before anybody learns from them; None for none.
     """
 
     handlers: ClassVar[Mapping[Kind, str]] = {
@@ -108,6 +110,7 @@ class Stage:
         self.returns_input = False
         self.observers: list[SegmentObserver] = []
         self.stopped = False
+        self.lesson: Lesson | None = None
 
     def _make_segments(self, layers: Sequence[Layer], first_layer: int, axes: Axes) -> list[Segment]:
         if self.is_last:  # forward, loss and backward in one: nothing to recover
