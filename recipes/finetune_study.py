@@ -38,7 +38,7 @@ from studies.results import Kind, Results
 
 METHODS = ("dgl", "overlapping", "delayed", "dsp")
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
-SIZES = {"updates": "of every stage", "evaluate_every": "updates", "sequence": "tokens",
+SIZES = {"updates": "in all, teaching of heads counted", "evaluate_every": "updates", "sequence": "tokens",
          "micro_batch": "sequences of an update", "eval_micro_batches": "to validate on"}
 
 FINETUNING = Kind("fine-tuning study", FinetuneStudy, lambda held: FinetuneSetting(**held), train_alone, "validation_loss",
@@ -98,16 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
         check_picture("--plot", plot)
         results = Results(args.output, study, FINETUNING)
         missing = results.missing(wanted)
-        steps = study.updates + max(setting.taught(study) for setting in wanted)
-        results.execute(missing, steps, args.jobs, max(1, usable_cores() // args.jobs))
+        results.execute(missing, study.updates, args.jobs, max(1, usable_cores() // args.jobs))
     except ConfigError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     about = (f"{Path(study.model).name} on {Path(study.data).name}: AdamW {study.lr:g}, {study.micro_batch} × {study.sequence} "
-             f"tokens an update, {study.updates} updates of every stage.")
-    print(f"\n{headline(environment(), about)}\n{tables(results.runs, study.updates)}")
-    draw(results.runs, study.updates, plot)
+             f"tokens an update, {study.updates} updates, teaching of heads counted.")
+    print(f"\n{headline(environment(), about)}\n{tables(results.runs)}")
+    draw(results.runs, plot)
     print(f"\nnumbers: {args.output}\npicture: {plot}")
     if any("error" in results.runs[setting] for setting in wanted):
         sys.exit(1)

@@ -160,11 +160,12 @@ def train(args: argparse.Namespace) -> None:
     layers = build_model(args.model, data=facts.form, num_classes=facts.num_classes, width=width)
     check_memory(args, layers, micro_batch, facts)
     sample = torch.randn(micro_batch, 3, facts.image_size, facts.image_size, generator=torch.Generator().manual_seed(0))
+    setup.check_taught(ends[-1])
     engine = setup.engine(
         layers,
         loss_fn=nn.CrossEntropyLoss(),
         seed=args.seed,
-        schedule=lr_schedule(args.schedule or "cosine", setup.learning(ends[-1]), round(warmup_epochs * per_epoch / k), steps),
+        schedule=lr_schedule(args.schedule or "cosine", ends[-1], round(warmup_epochs * per_epoch / k), steps),
         sample_input=sample,
     )
 
@@ -179,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
         return f"loss {progress.train_loss[-1]:.4f}, test accuracy {progress.last_score:.2%}"
 
     trained = run.training.train(args, setup, engine, loader, ends=ends, test=test, show=show, test_every=args.eval_every,
-                                 best=Best.of(args, lower=False, idle=setup.taught),
+                                 best=Best.of(args, lower=False),
                                  speed=Speed(setup.update_samples, "images"))
     losses, accuracies = trained.progress.train_loss, trained.progress.score
     beside = {} if generated is None else generated.summary(

@@ -70,17 +70,17 @@ def test_local_losses(method: str, head: str, options: list[str], tmp_path: Path
 
 
 def test_taught_heads(tmp_path: Path, text: Path) -> None:
-    """Heads are taught first, as part of the run; the stages' schedule begins behind; a run that was cut off there goes on."""
+    """Heads are taught first, as part of the run, and the upper stages learn; a run that was cut off there goes on."""
     model, saved = save_tiny(tmp_path / "llama", num_hidden_layers=6), tmp_path / "saved"
-    teaching = {"updates": 6, "lr": 3e-3, "target": "model"}
+    teaching = {"updates": 6, "lr": 3e-3}
     config = config_file(tmp_path, "overlapping", stages=3, losses="farthest", head="lens:1", head_lr=4.0,
                          head_teaching=teaching)
     arguments = ("--deepspeed_config", config, "--model", model, "--data", text, *SHORT, "--sample", "0")
     whole = run("finetune_lm", tmp_path, *arguments, "--save_checkpoint", saved, "--save_every", "1", ranks=2)
     first, taught, *_, last = whole["curves"]["validation_loss"]
-    assert taught == first > last + 0.3 and whole["updates"] == [6, 6, 6]
+    assert first > taught > last + 0.3 and whole["updates"] == [12, 12, 12]
     told = whole["head_teaching"]
-    assert told["updates"] == 6 and told["samples"] == 48 and list(told["losses"]) == ["1"] and told["bytes_sent"] > 0
+    assert told["updates"] == 6 and list(told["losses"]) == ["1"] and len(told["losses"]["1"]) == 6
     assert told["losses"]["1"][-1] < told["losses"]["1"][0]
     (saved / "latest").write_text("update4")
     resumed = run("finetune_lm", tmp_path, *arguments, "--resume", saved)

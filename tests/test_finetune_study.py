@@ -12,24 +12,23 @@ from tiny_lm import TEXT, save_tiny
 
 import finetune_study
 from ds_decoupled.errors import ConfigError
-from studies.finetune_report import lines_of, loss_at, tables
+from studies.finetune_report import lines_of, tables
 from studies.finetune_settings import FinetuneSetting, FinetuneStudy, check, settings_of, stage_bounds
 
 STUDY = FinetuneStudy("model", "data", updates=4, evaluate_every=2)
-TEACHING = '{"head": "lens:1", "head_teaching": {"updates": 2, "target": "model"}}'
+TEACHING = '{"head": "lens:1", "head_teaching": {"updates": 2}}'
 
 
-def run_of(losses: list[float], taught: int = 0) -> dict[str, Any]:
+def run_of(*losses: float) -> dict[str, Any]:
     updates = list(range(0, 2 * len(losses), 2))
-    return {"validation_loss": losses[-1], "taught": taught, "peak_memory_bytes": 2**21, "teaching_seconds": 1.5,
+    return {"validation_loss": losses[-1], "peak_memory_bytes": 2**21,
             "parameters": {"model": 10, "heads": 5, "read_only": 1},
-            "curves": {"updates": updates, "validation_loss": losses, "seconds": [float(u) for u in updates]}}
+            "curves": {"updates": updates, "validation_loss": list(losses), "seconds": [float(u) for u in updates]}}
 
 
 def test_grid() -> None:
     found = settings_of(["dgl"], [2, 3], [TEACHING], [0, 1])
     assert [s.method for s in found] == ["backprop", "dgl", "dgl"] * 2 and len({s.label for s in found}) == 6
-    assert [s.taught(STUDY) for s in found[:2]] == [0, 2]
     assert found[2].config(STUDY, 8)["decoupled"]["stages"] == stage_bounds(3, 8) == [0, 3, 5, 8]
     with pytest.raises(ConfigError, match="heads"):
         check([FinetuneSetting("dgl", 2, '{"heads": "lens"}')], STUDY, 8)
@@ -38,15 +37,14 @@ def test_grid() -> None:
 
 
 def test_shares() -> None:
-    """By hand: backpropagation gains 2 in 4 updates; the method, taught for 2, gains 1.5 in 4 and 1.8 in all 6."""
-    runs = {FinetuneSetting("backprop"): run_of([5.0, 4.0, 3.0]),
-            FinetuneSetting("dgl", 2, TEACHING): run_of([5.0, 5.0, 3.5, 3.2], taught=2),
-            FinetuneSetting("dgl", 2, TEACHING, seed=1): run_of([5.0, 5.0, 3.5, 3.2], taught=2)}
-    backprop, dgl = lines_of(runs, 4)  # seed 1 has nothing to be compared with
-    assert backprop.by_updates == backprop.by_tokens == [1.0]
-    assert dgl.by_tokens == [pytest.approx(0.75)] and dgl.by_updates == [pytest.approx(0.9)]
-    assert loss_at(dgl.runs[0], 4) == 3.5
-    assert "| dgl | 2 |" in tables(runs, 4) and "| 0.90 | 0.75 | 2 | 6 | 2 |" in tables(runs, 4)
+    """By hand: backpropagation gains 2 nats, the method 1.5 and 1.7."""
+    runs = {FinetuneSetting("backprop"): run_of(5.0, 4.0, 3.0), FinetuneSetting("backprop", seed=1): run_of(5.0, 4.0, 3.0),
+            FinetuneSetting("dgl", 2, TEACHING): run_of(5.0, 4.5, 3.5),
+            FinetuneSetting("dgl", 2, TEACHING, seed=1): run_of(5.0, 4.5, 3.3),
+            FinetuneSetting("dgl", 2, TEACHING, seed=2): run_of(5.0, 4.5, 3.2)}
+    backprop, dgl = lines_of(runs)  # seed 2 has nothing to be compared with
+    assert backprop.shares == [1.0, 1.0] and dgl.shares == pytest.approx([0.75, 0.85])
+    assert "| dgl | 2 |" in tables(runs) and "| 2 | 3.4000 | 0.80 ± 0.07 | 4 | 2 |" in tables(runs)
 
 
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +57,10 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     finetune_study.main(arguments)
     assert "| dgl | 2 |" in capsys.readouterr().out and (tmp_path / "study.png").stat().st_size > 5000
     backprop, dgl = json.loads((tmp_path / "study.json").read_text())["runs"]
-    assert backprop["curves"]["updates"] == [0, 2, 4] and dgl["curves"]["updates"] == [0, 2, 4, 6] and dgl["taught"] == 2
-    first, taught, *_, last = dgl["curves"]["validation_loss"]
-    assert first == taught > last and first == backprop["curves"]["validation_loss"][0]
-    assert dgl["teaching_seconds"] > 0 and dgl["parameters"]["read_only"] == 32 * 256 + 32
+    assert backprop["curves"]["updates"] == [0, 2, 4] and dgl["curves"]["updates"] == [0, 2, 4]
+    first, taught, last = dgl["curves"]["validation_loss"]
+    assert first > taught > last and first == backprop["curves"]["validation_loss"][0]
+    assert dgl["parameters"]["read_only"] == 32 * 256 + 32
     finetune_study.main([*arguments, "--bare"])
     told = capsys.readouterr()
     assert "holds 2 of 3 runs already" in told.err and "| bare | – |" in told.out
@@ -72,7 +70,7 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 @pytest.mark.parametrize("method", ["dgl", "overlapping"])
 def test_shipped(method: str) -> None:
-    """What the study takes by default is what the shipped files say: heads that are taught by the model."""
+    """What the study takes by default is what the shipped files say: heads that are taught."""
     setting = FinetuneSetting(method, 4, finetune_study.shipped_block(method))
     [block] = check([setting], STUDY, 32)
-    assert block.head == "lens" and block.head_teaching is not None and block.head_teaching.target == "model"
+    assert block.head == "lens" and block.head_teaching is not None

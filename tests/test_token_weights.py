@@ -81,7 +81,7 @@ def test_an_update(method: str, ranks: int, pipe_ranks: int, k: int, tmp_path: P
         assert torch.allclose(change, -RATE * parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
-TAUGHT = {"head": "lens:1", "head_teaching": {"updates": 2, "lr": 3e-3, "target": "model"}}
+TAUGHT = {"head": "lens:1", "head_teaching": {"updates": 2, "lr": 3e-3}}
 
 
 @pytest.mark.parametrize(("method", "ranks", "block"), [

@@ -111,14 +111,14 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
     if args.eval_steps is not None:
         refuse_unused(args, ["evaluations"], "--eval_steps says when to validate", "Leave one of them out")
-    learning = setup.learning(updates)
+    setup.check_taught(updates)
 
     corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
     loader = None if corpus is None else loader_of(args, setup, corpus)
     set_peak_lr(setup.config, args.lr, rule=lr)
     warmup = WARMUP if args.warmup is None else args.warmup
     engine = setup.engine(layers, loss_fn=next_token_loss, seed=args.seed,
-                          schedule=lr_schedule("cosine", learning, round(warmup * learning)),
+                          schedule=lr_schedule("cosine", updates, round(warmup * updates)),
                           sample_input=torch.zeros(micro_batch, sequence, dtype=torch.long))
 
     def test() -> float:
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     peak = None if args.peak_tflops is None else 1e12 * args.peak_tflops * dist.get_world_size()
     trained = train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
                     ends=ends_of(updates, args.evaluations, args.eval_steps),
-                    best=Best.of(args, lower=True, idle=setup.taught),
+                    best=Best.of(args, lower=True),
                     speed=Speed(setup.update_samples, "tokens", sequence, 6.0 * weights, peak))
     text = ""
     if args.sample:

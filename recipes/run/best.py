@@ -27,32 +27,29 @@ class Best:
 
     Attributes:
         lower: whether a lower score is better.
-        idle: updates in the beginning in which the model does not learn: their tests, and one before all training, count for
-            nothing.
         patience: tests without a better one after which a run stops; None for one that goes on.
         folder: of checkpoints, where the best is to be kept.
     """
 
     lower: bool
-    idle: int = 0
     patience: int | None = None
     folder: str | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace, *, lower: bool, idle: int = 0) -> Best:
+    def of(args: argparse.Namespace, *, lower: bool) -> Best:
         """As ``args`` asks for it."""
-        return Best(lower, idle, args.early_stopping_patience, args.save_checkpoint if args.load_best_model_at_end else None)
+        return Best(lower, args.early_stopping_patience, args.save_checkpoint if args.load_best_model_at_end else None)
 
     def place(self, progress: Scores) -> int | None:
         """The first entry of ``progress`` that has the best score; None before any test."""
         sign = 1 if self.lower else -1
-        known = [(sign * score, entry) for entry, score in self._tests(progress)]
+        known = [(sign * score, entry) for entry, score in _tests(progress)]
         return min(known)[1] if known else None
 
     def exhausted(self, progress: Scores) -> bool:
         """Whether there have been so many tests since the best one that the run should stop."""
         best = self.place(progress)
-        since = sum(entry > best for entry, _ in self._tests(progress)) if best is not None else 0
+        since = sum(entry > best for entry, _ in _tests(progress)) if best is not None else 0
         return self.patience is not None and since >= self.patience
 
     def keep(self, engine: Any, progress: Scores, state: Callable[[], dict[str, Any]]) -> None:
@@ -76,6 +73,8 @@ class Best:
         engine.load_checkpoint(self.folder, tag=TAG, load_module_only=True)
         return best
 
-    def _tests(self, progress: Scores) -> list[tuple[int, float]]:
-        return [(entry, score) for entry, (updates, score) in enumerate(zip(progress.updates, progress.score))
-                if updates > self.idle and math.isfinite(score)]
+
+def _tests(progress: Scores) -> list[tuple[int, float]]:
+    """Entries and scores; a test before all training counts for nothing."""
+    return [(entry, score) for entry, (updates, score) in enumerate(zip(progress.updates, progress.score))
+            if updates > 0 and math.isfinite(score)]

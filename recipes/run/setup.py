@@ -82,24 +82,17 @@ class Setup:
         """Samples of one update, over all replicas."""
         return self.micro_batch * self.k * self.replicas
 
-    @property
-    def taught(self) -> int:
-        """The first so many updates are of heads alone."""
-        block = parse_block(self.config)
-        teaching = None if block is None else block.head_teaching
-        return 0 if teaching is None else teaching.updates
-
-    def learning(self, updates: int) -> int:
-        """The updates that stages make in a run of so many.
+    def check_taught(self, updates: int) -> None:
+        """A run of so many updates goes on behind the lessons of its heads, if they have any.
 
         Raises:
-            ConfigError: if none is left.
+            ConfigError: if it does not, so that stages that learn from heads would learn nothing.
         """
-        taught = self.taught
-        if taught and updates <= taught:
-            raise ConfigError("decoupled.head_teaching.updates", taught, f"the run has {updates} updates, and in none of them "
-                              "a stage would learn", "Train for longer, or teach for shorter.")
-        return updates - taught
+        block = parse_block(self.config)
+        teaching = None if block is None else block.head_teaching
+        if teaching is not None and updates <= teaching.updates:
+            raise ConfigError("decoupled.head_teaching.updates", teaching.updates, f"the run has {updates} updates, and in "
+                              "none of them a stage would learn from its head", "Train for longer, or teach for shorter.")
 
     @property
     def counted_in(self) -> dict[str, int]:

@@ -24,7 +24,9 @@ def train_bare(setting: FinetuneSetting, study: FinetuneStudy, progress: Callabl
     corpus = Corpus.of(read_text(study.data), tokenizer_of(None, study.model), study.sequence)
     batches = RandomWindows(corpus.train, study.micro_batch, study.sequence, seed=setting.seed)
     tests = corpus.tests(study.micro_batch, study.sequence, study.eval_micro_batches)
-    model = AutoModelForCausalLM.from_pretrained(study.model, tie_word_embeddings=False, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(study.model, dtype=torch.float32)
+    readout = model.get_output_embeddings()  # as untie_embeddings=True: asked of transformers, it would begin at random
+    readout.weight = torch.nn.Parameter(readout.weight.detach().clone())
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=study.lr, weight_decay=WEIGHT_DECAY)
 
     def loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -46,10 +48,9 @@ def train_bare(setting: FinetuneSetting, study: FinetuneStudy, progress: Callabl
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
-        if update in study.ends(study.updates):
+        if update in study.ends:
             for name, value in (("updates", update), ("validation_loss", test()), ("seconds", seconds)):
                 curves[name].append(value)
         progress(update)
-    return {"validation_loss": curves["validation_loss"][-1], "taught": 0, "peak_memory_bytes": peak_memory_bytes(),
-            "teaching_seconds": 0.0, "curves": curves,
+    return {"validation_loss": curves["validation_loss"][-1], "peak_memory_bytes": peak_memory_bytes(), "curves": curves,
             "parameters": {"model": sum(p.numel() for p in model.parameters()), "heads": 0, "read_only": 0}}

@@ -24,13 +24,13 @@ from studies.finetune_settings import BARE, FinetuneSetting, FinetuneStudy
 
 
 def train(setting: FinetuneSetting, study: FinetuneStudy, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Teach heads, where there are any to be taught, then train; in a world of one rank.
+    """Train, in a world of one rank.
 
     Args:
         progress: is told how many updates are made.
 
     Returns:
-        Curves by update, those of teaching counted: the validation loss, and the seconds of training until there.
+        Curves by update: the validation loss, and the seconds of training until there.
     """
     tokenizer = tokenizer_of(None, study.model)
     corpus = Corpus.of(read_text(study.data), tokenizer, study.sequence)
@@ -41,29 +41,24 @@ def train(setting: FinetuneSetting, study: FinetuneStudy, progress: Callable[[in
         layers, config=copy.deepcopy(config), num_stages=1, loss_fn=next_token_loss, base_seed=setting.seed,
         sample_input=torch.zeros(study.micro_batch, study.sequence, dtype=torch.long))
     engine, *_ = ds_decoupled.initialize(model=model, config=copy.deepcopy(config), model_parameters=parameter_groups(model))
-    taught = setting.taught(study)
-    updates = taught + study.updates
-    ends = study.ends(updates)
 
     def test() -> float:
         return validate(engine, corpus, study.micro_batch, study.sequence, study.eval_micro_batches)
 
     curves: dict[str, list[float]] = {"updates": [0], "validation_loss": [test()], "seconds": [0.0]}
     seconds = 0.0
-    for update in range(1, updates + 1):
+    for update in range(1, study.updates + 1):
         start = time.perf_counter()
         engine.train_batch(data_iter=batches)
-        if update == updates:
+        if update == study.updates:
             engine.drain()
         seconds += time.perf_counter() - start
-        if update in ends:
+        if update in study.ends:
             for name, value in (("updates", update), ("validation_loss", test()), ("seconds", seconds)):
                 curves[name].append(value)
         progress(update)
-    told = engine.decoupled_summary().get("head_teaching")
-    return {"validation_loss": curves["validation_loss"][-1], "taught": taught, "peak_memory_bytes": peak_memory_bytes(),
-            "teaching_seconds": 0.0 if told is None else told["seconds"], "parameters": _parameters(engine),
-            "curves": curves}
+    return {"validation_loss": curves["validation_loss"][-1], "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": _parameters(engine), "curves": curves}
 
 
 def _parameters(engine: Any) -> dict[str, int]:

@@ -20,7 +20,7 @@ class FinetuneStudy:
     Attributes:
         model: a folder that ``save_pretrained`` wrote, or a hub name.
         data: as ``data.text.read_text`` takes it; the last tenth is for validation.
-        updates: of every stage.
+        updates: in all, those counted in which heads are taught.
         evaluate_every: updates from one validation to the next.
         sequence: tokens.
         micro_batch: sequences of an update.
@@ -37,9 +37,10 @@ class FinetuneStudy:
     lr: float = 5e-5
     eval_micro_batches: int = 8
 
-    def ends(self, updates: int) -> list[int]:
-        """After which of ``updates``, those of teaching counted, it is validated."""
-        return sorted({*range(self.evaluate_every, updates, self.evaluate_every), min(self.updates, updates), updates})
+    @property
+    def ends(self) -> list[int]:
+        """After which updates it is validated."""
+        return [*range(self.evaluate_every, self.updates, self.evaluate_every), self.updates]
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,6 @@ class FinetuneSetting:
                 "gradient_clipping": 1.0, "steps_per_print": 10**9,
                 "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": study.lr, "weight_decay": WEIGHT_DECAY}},
                 "decoupled": block}
-
-    def taught(self, study: FinetuneStudy) -> int:
-        """Updates of heads alone, before those of stages."""
-        if self.method == BARE:
-            return 0
-        block = parse_block(self.config(study, 2 + 2 * self.stages))
-        return 0 if block is None or block.head_teaching is None else block.head_teaching.updates
 
 
 def stage_bounds(stages: int, layers: int) -> list[int]:
