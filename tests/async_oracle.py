@@ -2,7 +2,8 @@
 
 A stage at its turn takes a micro-batch (a new one, or one from the buffer before it: fewest uses first, of these the newest),
 learns from its own loss, and puts its output, as the loss saw it, into the buffer above. Who has the next turn is drawn, or
-follows from durations. Nothing here is the package's: turns, buffers and learning are written out.
+follows from durations. With a lesson a stage that has a head gets no gradient in its first updates, and the head steps by a rate
+of its own. Nothing here is the package's: turns, buffers and learning are written out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 from typing import Any
 
 import torch
+from local_oracle import rate
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -50,14 +52,16 @@ class AsyncOracle:
     def __init__(self, stages: list[nn.Sequential], heads: list[nn.Module | None], *, size: int, cap: int | None = None,
                  oldest: bool = False, warm: bool = True, seed: int = 0, slow: list[float] | None = None,
                  durations: list[float] | None = None, k: int = 1, lr: float = 0.1, momentum: float = 0.9,
-                 stop_after: list[int | None] | None = None) -> None:
+                 stop_after: list[int | None] | None = None, lesson: dict[str, Any] | None = None) -> None:
         self.stages, self.heads, self.k, self.warm, self.size = stages, heads, k, warm, size
         J = len(stages)
         self.slow, self.durations = slow or [1.0] * J, durations
         self.random = random.Random(seed)
         self.buffers = [SlowBuffer(size, cap, oldest) for _ in stages]
         self.parameters = [[*s.parameters(), *([] if h is None else h.parameters())] for s, h in zip(stages, heads)]
-        self.optimizers = [torch.optim.SGD(p, lr=lr, momentum=momentum) for p in self.parameters]
+        self.lr, self.lesson = lr, lesson
+        self.optimizers = [torch.optim.SGD([{"params": list(part.parameters())} for part in (s, h or nn.Identity())], lr=lr,
+                                           momentum=momentum) for s, h in zip(stages, heads)]
         self.turns, self.updates, self.idle = [0] * J, [0] * J, [0] * J
         self.stop_after = stop_after or [None] * J
 
@@ -123,16 +127,23 @@ class AsyncOracle:
             out = stage(x)
             seen = out if head is None else head(out)
             loss = cross_entropy(seen.flatten(0, -2), y.flatten())
-            for p, g in zip(self.parameters[s], torch.autograd.grad(loss / self.k, self.parameters[s])):
+            taught = head is not None and self.is_lesson(s)
+            learn = list(head.parameters()) if taught else self.parameters[s]
+            for p, g in zip(learn, torch.autograd.grad(loss / self.k, learn)):
                 p.grad = g.clone() if p.grad is None else p.grad + g
         if s + 1 < len(self.stages):
             sent = tuple(t.detach() for t in out) if isinstance(out, tuple) else out.detach()
             self.buffers[s + 1].put((sent, y))
         if self.turns[s] % self.k == 0 and not done:
+            taught = head is not None and self.is_lesson(s)
+            self.optimizers[s].param_groups[1]["lr"] = rate(self.updates[s], **self.lesson) if taught else self.lr
             self.optimizers[s].step()
             self.optimizers[s].zero_grad()
             self.updates[s] += 1
         return True
+
+    def is_lesson(self, s: int) -> bool:
+        return self.lesson is not None and self.updates[s] < self.lesson["updates"]
 
     def drain(self, source: Any) -> None:
         """What was never used goes up, from the topmost buffer to the lowest."""

@@ -35,7 +35,7 @@ def oracle_of(case: dict[str, Any], results: list[dict[str, Any]]) -> AsyncOracl
                        copies(engine_cases.merged(results, "initial_heads"), len(bounds)), size=replay["size"],
                        cap=replay.get("cap"), oldest=replay.get("authors_ring", False), warm=clock.get("warm_start", True),
                        seed=clock.get("seed", 0), durations=clock.get("durations"), slow=block.get("slow_down"),
-                       k=case.get("k", 1), stop_after=block.get("stop_after"))
+                       k=case.get("k", 1), stop_after=block.get("stop_after"), lesson=block.get("head_teaching"))
 
 
 def check(case: dict[str, Any], results: list[dict[str, Any]]) -> AsyncOracle:
@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "slowed durations": case_of({"size": 4}, {"durations": [1, 1, 1, 1]}, block={"slow_down": [3, 1, 1, 1]}, k=2),
     "done early": case_of({"size": 2}, {"seed": 4}, block={"stop_after": [4, 6, None, 9]}),
     "fewer than a ring": case_of({"size": 50}),
+    "taught": case_of({"size": 2}, {"seed": 3}, block={"head_teaching": {"updates": 2, "lr": 0.03, "warmup": 0.5}}, k=2),
 }
 
 

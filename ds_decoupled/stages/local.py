@@ -92,10 +92,6 @@ class LocalStage(Stage):
         return not self.farthest or self.index >= min(self.window, self.shared.stages) - 1
 
     @property
-    def _k(self) -> int:
-        return round(1 / self.scale)
-
-    @property
     def learns_from_head(self) -> bool:
         """Whether a loss that it learns from is a head's, not the model's own."""
         return not self.is_last and (not self.farthest or self.window <= self.above)
@@ -157,7 +153,7 @@ class LocalStage(Stage):
 
     def _enter(self, micro_batch: int) -> bool:
         """Whether ``micro_batch``, which goes up now, belongs to the lesson."""
-        return self.lesson is not None and self.lesson.enter(micro_batch, self._k)
+        return self.lesson is not None and self.lesson.enter(micro_batch, round(1 / self.scale))
 
     def _holds(self, micro_batch: int) -> bool:
         """Whether it learns nothing from ``micro_batch``, nor do the stages below."""
@@ -258,7 +254,7 @@ class LocalStage(Stage):
     def on_update(self, update: int) -> Outcome:
         """The k-th gradient is there."""
         if self.lesson is not None:
-            self.lesson.updated(self._k)
+            self.lesson.updated(round(1 / self.scale))
         return super().on_update(update)
 
     def loss(self, outputs: Tensors, labels: Any) -> Tensor:
