@@ -2,8 +2,8 @@
 
 A stage at its turn takes a micro-batch (a new one, or one from the buffer before it: fewest uses first, of these the newest),
 learns from its own loss, and puts its output, as the loss saw it, into the buffer above. Who has the next turn is drawn, or
-follows from durations. With a lesson a stage that has a head gets no gradient in its first updates, and the head steps by a rate
-of its own. Nothing here is the package's: turns, buffers and learning are written out.
+follows from durations. With a lesson a stage that has a head gets no gradient in its first updates, and the head steps by a
+rate of its own. Nothing here is the package's: turns, buffers and learning are written out.
 """
 
 from __future__ import annotations
