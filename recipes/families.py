@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before torch loads OpenMP
     share_cores()
 
 import argparse
+import datetime
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,20 +45,26 @@ def page(outcomes: list[Outcome]) -> str:
 
     good = [o for o in outcomes if o.good]
     refused = [o for o in outcomes if o.refused]
-    other = [o for o in outcomes if not o.good and not o.refused]
-    parts = [HEAD.format(version=transformers.__version__, all=len(outcomes), good=len(good), refused=len(refused))]
+    other = [o for o in outcomes if not o.good and not o.refused and o.found.get("model") == "yes"]
+    untried = [o for o in outcomes if not o.refused and o.found.get("model") != "yes"]
+    parts = [HEAD.format(version=transformers.__version__, date=datetime.date.today(), all=len(outcomes), good=len(good),
+                         refused=len(refused))]
     parts.append("\n".join(["| " + " | ".join(("model type", *COLUMNS)) + " |", "|---" * (1 + len(COLUMNS)) + "|",
                             *(o.row() for o in [*good, *other])]))
     if refused:
         parts.append("## Refused\n\n| model type | the reason that is given |\n|---|---|\n"
                      + "\n".join(f"| `{o.name}` | {o.refused} |" for o in refused))
+    if untried:
+        parts.append("## Not tried\n\nOf these the script cannot make a tiny model, or not in the time that it has.\n\n"
+                     "| model type | why |\n|---|---|\n"
+                     + "\n".join(f"| `{o.name}` | {' '.join(o.found.values())} |" for o in untried))
     return "\n\n".join(parts) + "\n"
 
 
 HEAD = """# Families of language models
 
 Every configuration class that `AutoModelForCausalLM` of transformers {version} takes, at a tiny size with random weights:
-{good} of {all} are right in all that was tried, {refused} are refused with a reason. Made by
+{good} of {all} are right in all that was tried, {refused} are refused with a reason. Made, on {date}, by
 
 ```
 python recipes/families.py --output docs/families.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import signal
 import tempfile
 import types
@@ -22,6 +23,7 @@ COLUMNS = ("logits", "gradients", "mask", "folder", "round trip", "generation")
 TOLERANCE = 1e-4
 """Of the largest number: float32, sums in another order."""
 VOCABULARY, LENGTH = 67, 12
+MOST_WEIGHTS = 100_000_000
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
@@ -48,12 +50,17 @@ UNSAID = {"head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eo
 
 OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "num_hidden_layers": 2, "axial_pos_embds": False,
+                 "attention_head_size": 8, "local_attn_chunk_length": 4},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 4,
               "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_key_value_heads": 4,
+               "attention_head_dim": 16, "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need beside that."""
@@ -117,8 +124,10 @@ def _sizes(kind: Any) -> dict[str, Any]:
     if "kv_lora_rank" in default and "num_key_value_heads" in sizes:  # latent attention has no groups
         sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
     for name, inner in getattr(kind, "sub_configs", {}).items():
-        if hasattr(inner, "model_type") and inner.__name__ != "AutoConfig":
-            sizes[name] = _sizes(inner)
+        if inner.__name__ == "AutoConfig":  # of any kind: the one that it is by default
+            inner = type(getattr(kind(), name, None))
+        if hasattr(inner, "model_type"):
+            sizes[name] = {"model_type": inner.model_type, **_sizes(inner)}
     return sizes
 
 
@@ -126,8 +135,13 @@ def tiny_model(name: str) -> Any:
     """A model of the family in float32, in which no weight is what it begins with: ones and zeros would hide mistakes."""
     from transformers import AutoModelForCausalLM
 
+    config = tiny_config(name)
+    with torch.device("meta"):  # a size that goes by a name of its own would make a model of its usual billions
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"it has {weights:,} weights; say in OWN what makes it small")
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
