@@ -73,7 +73,7 @@ python recipes/families.py --output docs/families.md
 - **logits**, **gradients**: of the layers against those of the model as it is, relative to the largest one.
 - **mask**: the same with a padded batch. **folder**: read from the folder that `save_pretrained` wrote.
 - **round trip**: what we write, loaded by `from_pretrained`, and the names in it those of `save_pretrained`.
-- **generation**: greedy text of what was loaded again is that of the layers."""
+- **generation**: greedy text by `generate` of what was loaded again is that of the model as it was."""
 
 
 if __name__ == "__main__":

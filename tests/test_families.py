@@ -18,15 +18,17 @@ def outcomes(families: list[str]) -> list[tuple[str, bool, str, dict[str, str]]]
 
 def test_a_sample() -> None:
     """Renamed and fused weights, latent attention, a tied head with a bias, and what is no chain."""
-    [found] = worlds.run(1, outcomes, ["granitemoe", "gpt_neox", "deepseek_v3", "bert", "zamba"])
+    [found] = worlds.run(1, outcomes, ["granitemoe", "gpt_neox", "deepseek_v3", "bert", "zamba", "hy_v4"])
     for name, good, refused, columns in found:
-        assert good or name == "zamba", (name, refused, columns)
-    assert "layers share weights" in found[-1][2] or "original_hidden_states" in found[-1][2]
+        assert good or name in ("zamba", "hy_v4"), (name, refused, columns)
+    assert "layers share weights" in found[-2][2] or "original_hidden_states" in found[-2][2]
+    assert "not one stream" in found[-1][2]
 
 
 def test_the_page() -> None:
-    told = page([Outcome("one", {"logits": "yes"}), Outcome("two", refused="no chain")])
-    assert "| `one` | yes | – |" in told and "| `two` | no chain |" in told and "0 of 2 are right" in told
+    told = page([Outcome("one", {"model": "yes", "logits": "yes"}), Outcome("two", refused="no chain"),
+                 Outcome("three", {"model": "KeyError: size"})])
+    assert "| `one` | yes | – |" in told and "| `two` | no chain |" in told and "0 of 3 are right" in told
     assert len(names()) > 100
 
 

@@ -78,7 +78,7 @@ def test_taught_heads(tmp_path: Path, text: Path) -> None:
     arguments = ("--deepspeed_config", config, "--model", model, "--data", text, *SHORT, "--sample", "0")
     whole = run("finetune_lm", tmp_path, *arguments, "--save_checkpoint", saved, "--save_every", "1", ranks=2)
     first, taught, *_, last = whole["curves"]["validation_loss"]
-    assert first > taught > last + 0.3 and whole["updates"] == [12, 12, 12]
+    assert first - 0.3 > taught - 0.2 > last and whole["updates"] == [12, 12, 12]
     told = whole["head_teaching"]
     assert told["updates"] == 6 and list(told["losses"]) == ["1"] and len(told["losses"]["1"]) == 6
     assert told["losses"]["1"][-1] < told["losses"]["1"][0]

@@ -57,6 +57,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "num_hidden_layers": 2, "axial_pos_embds": False,
                  "attention_head_size": 8, "local_attn_chunk_length": 4},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 4,
               "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_key_value_heads": 4,
@@ -204,14 +205,7 @@ def _try(name: str, outcome: Outcome) -> None:
         _column(outcome, "round trip", round_trip)
 
         def generation() -> str:
-            again, said = load(ours), ids[:1]
-            again.generation_config.forced_eos_token_id = None
-            told = again.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0,
-                                  attention_mask=torch.ones_like(ids[:1]), use_cache=False)
-            for _ in range(4):
-                logits = run(layers, said)[:, -1]
-                logits[:, again.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens has it
-                said = torch.cat([said, logits.argmax(-1, keepdim=True)], 1)
+            told, said = (_continued(one, ids[:1]) for one in (model, load(ours)))
             return "yes" if torch.equal(said, told) else f"{said[0, -4:].tolist()}, not {told[0, -4:].tolist()}"
 
         _column(outcome, "generation", generation)
@@ -245,6 +239,14 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _continued(model: Any, ids: Tensor) -> Tensor:
+    """``ids`` with four tokens behind them, by the model's own ``generate``."""
+    model.generation_config.forced_eos_token_id = None
+    told: Tensor = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0,
+                                  attention_mask=torch.ones_like(ids), use_cache=False)
+    return told
 
 
 def _gradients(model: Any, layers: list[nn.Module], ids: Tensor) -> str:

@@ -57,6 +57,8 @@ def check_chain(model: Any, layers: str, outside: list[str], tuples: int) -> Non
     streams = [[torch.randn(1, length, width_of(model), generator=generator) for _ in range(count)] for _ in range(2)]
     first, other_ids, other_streams = (
         _Trial(model, layers, outside, tuples, ids[i], streams[s]) for i, s in ((0, 0), (1, 0), (1, 1)))
+    if (entering := first.heard[0][0].shape) != streams[0][0].shape:
+        raise NotAChain(f"{layers}.0", f"of {length} tokens it is given {tuple(entering)}, not one stream (N, T, width)")
     for index in range(1, count):
         if not torch.equal(first.heard[index][0], streams[0][index - 1]):
             raise NotAChain(f"{layers}.{index}", "it is given something else than the layer below it gives")
