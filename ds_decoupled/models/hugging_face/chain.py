@@ -86,7 +86,8 @@ class _Trial:
 
 def width_of(model: Any) -> int:
     """Features of a hidden state."""
-    width: int = model.config.get_text_config().hidden_size
+    # Of several networks of different widths (BLT) none is the model's.
+    width: int = getattr(model.config.get_text_config(), "hidden_size", 0) or model.get_input_embeddings().weight.shape[-1]
     return width
 
 
