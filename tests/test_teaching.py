@@ -200,8 +200,8 @@ def test_what_a_lens_is_made_of() -> None:
     built, made = heads("lens:2")
     assert [[getattr(layer, "index", None) for layer in head.head] for head in made] == [
         [None, 3, 5, None], [None, 4, 5, None], [None, 5, None]]
-    assert len({id(head.readout) for head in made}) == 1
-    assert not any(p.requires_grad for p in made[0].readout.parameters())
+    assert len({id(head.head[-1]) for head in made}) == 1
+    assert not any(p.requires_grad for p in made[0].head[-1].parameters())
     x = torch.randn(2, 6, 32)
     assert torch.equal(made[0](x), built[-1](built[6](built[4](x))))
     learn = [name for name, p in made[2].named_parameters() if p.requires_grad]

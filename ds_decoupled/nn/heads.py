@@ -189,14 +189,6 @@ class StageHead(nn.Module):
         logits: Tensor = self.head(outputs if self.takes_all else one_tensor(outputs))
         return logits
 
-    @property
-    def readout(self) -> SharedReadout:
-        """The read-only layer that it ends in. Raises TypeError where it ends in another."""
-        last = self.head[-1] if isinstance(self.head, nn.Sequential) else None
-        if not isinstance(last, SharedReadout):
-            raise TypeError("this head ends in no read-only copy of the model's last layer")
-        return last
-
 
 def one_tensor(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     """What a head sees: the tensor, the sum of two streams, or the first of a tuple."""

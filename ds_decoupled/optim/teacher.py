@@ -1,4 +1,4 @@
-"""What an AuxNet, or a head before its stage may learn, learns with: Adam of its own, beside the stage's optimizer."""
+"""What an AuxNet learns with: Adam of its own, beside the stage's optimizer."""
 
 from __future__ import annotations
 

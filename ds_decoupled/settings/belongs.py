@@ -90,7 +90,6 @@ VECTORS = Need("codec", lambda codec: codec is not None and codec.forward == "vq
                unmet="another codec forward")
 LOCKED = Need("threads", lambda threads: threads is None or threads.lock == "layer", '"threads": {"lock": "layer"}',
               unmet='"threads": {"lock": "none"}')
-LENS = Need("head", lambda head: str(head).partition(":")[0] == "lens", '"head": "lens"')
 #: Heads that can be taught alone.
 TAUGHT = Need("head", lambda head: str(head).partition(":")[0] not in ("shared", "reconstruct"),
               'a "head" other than "shared" or "reconstruct"')
