@@ -15,7 +15,7 @@ MOST_UPDATES = 1_000_000
 def teaching_object(value: Any) -> Any:
     """What is an object, or null, or not one at all."""
     if value is not None and not isinstance(value, Mapping | BaseModel):
-        raise ValueError('an object is needed, such as {"updates": 30}')
+        raise ValueError('an object is needed, such as {"updates": 15}')
     return value
 
 
@@ -31,7 +31,7 @@ class TeachingSettings(BaseModel):
     model_config = STRICT
 
     updates: Annotated[int, Field(ge=1, le=MOST_UPDATES), Words(
-        f"a number of updates, from 1 to {MOST_UPDATES}", "Leave it out for 30.")] = 30
+        f"a number of updates, from 1 to {MOST_UPDATES}", "Leave it out for 15.")] = 15
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False), Words(
         "a learning rate, above 0 and finite", "Leave it out for 0.0003.")] = 3e-4
     warmup: Annotated[float, Field(ge=0, le=1), Words(
