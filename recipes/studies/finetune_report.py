@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -71,20 +72,27 @@ def tables(runs: Runs) -> str:
     return "\n\n".join([table(head, rows), *(["\n".join(["Failed:", *failed])] if failed else [])])
 
 
+def _differing(block: str, blocks: list[str]) -> str:
+    """What ``block`` says that not all ``blocks`` say, as JSON; nothing where it is the only one."""
+    own, others = json.loads(block), [json.loads(other) for other in blocks]
+    told = {name: value for name, value in own.items() if any(other.get(name) != value for other in others)}
+    return json.dumps(told)[1:-1]
+
+
 def draw(runs: Runs, path: Path) -> None:
-    """Shares of backpropagation's gain against J, and losses against time."""
+    """Shares of backpropagation's gain against J, and losses against updates and time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = lines_of(runs)
     names = sorted({(line.setting.method, line.setting.block) for line in lines})
     colours = {name: f"C{i}" for i, name in enumerate(names)}
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    shares, time = figure.subplots(1, 2)
+    shares, updates, time = figure.subplots(1, 3)
     for name in names:
         own = [line for line in lines if (line.setting.method, line.setting.block) == name]
-        label = name[0] if [method for method, _ in names].count(name[0]) == 1 else f"{name[0]} {name[1]:.60}"
+        label = f"{name[0]} {_differing(name[1], [block for method, block in names if method == name[0]])}".strip()
         if name[0] not in ("backprop", BARE):
             places = [line.setting.stages for line in own]
             shares.plot(places, [fmean(line.shares) for line in own], "-", marker="o", color=colours[name], label=label)
@@ -92,13 +100,15 @@ def draw(runs: Runs, path: Path) -> None:
                 shares.plot([line.setting.stages] * len(line.shares), line.shares, ".", color=colours[name], alpha=0.4)
         for line in own:
             curves, stages = line.runs[0]["curves"], "" if name[0] in ("backprop", BARE) else f", J = {line.setting.stages}"
-            time.plot(curves["seconds"], curves["validation_loss"], marker=".", color=colours[name],
-                      linestyle="-" if line.setting.stages < 3 else "--", label=f"{label}{stages}")
+            for panel, along in ((updates, "updates"), (time, "seconds")):
+                panel.plot(curves[along], curves["validation_loss"], marker=".", color=colours[name],
+                           linestyle="-" if line.setting.stages < 3 else "--", label=f"{label}{stages}")
     shares.axhline(1, color="grey", linewidth=0.8)
     shares.set_xticks(sorted({line.setting.stages for line in lines if line.setting.method not in ("backprop", BARE)}))
     shares.set(xlabel="stages", ylabel="gain / backpropagation's gain", title="after equal tokens; a dot a seed")
-    time.set(xlabel="seconds of one rank that has all stages", ylabel="validation loss, nats", title="lessons of heads counted")
-    for panel in (shares, time):
+    updates.set(xlabel="updates", ylabel="validation loss, nats", title="lessons of heads counted; first seed")
+    time.set(xlabel="seconds of one rank that has all stages", title="the same, against time")
+    for panel in (shares, updates, time):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
