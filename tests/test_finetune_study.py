@@ -12,7 +12,7 @@ from tiny_lm import TEXT, save_tiny
 
 import finetune_study
 from ds_decoupled.errors import ConfigError
-from studies.finetune_report import lines_of, tables
+from studies.finetune_report import differing, lines_of, tables
 from studies.finetune_settings import FinetuneSetting, FinetuneStudy, check, settings_of, stage_bounds
 
 STUDY = FinetuneStudy("model", "data", updates=4, evaluate_every=2)
@@ -47,11 +47,19 @@ def test_shares() -> None:
     assert "| dgl | 2 |" in tables(runs) and "| 2 | 3.4000 | 0.80 ± 0.07 | 4 | 2 |" in tables(runs)
 
 
+def test_labels() -> None:
+    """In the picture settings are told apart by what is not the same in all."""
+    blocks = [TEACHING, '{"head": "lens:1"}', '{"head": "lens:1", "head_lr": 2}']
+    assert [differing(block, blocks) for block in blocks] == ['"head_teaching": {"updates": 2}', "", '"head_lr": 2']
+    assert differing(TEACHING, [TEACHING]) == ""
+
+
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One command: runs, table and picture; what is there already is not repeated."""
+    """One command, on a model whose readout is its embedding: runs, table and picture; what is there is not repeated."""
     monkeypatch.setattr(sys, "argv", ["finetune_study.py"])
     (tmp_path / "text.txt").write_text(TEXT * 40)
-    arguments = ["--model", str(save_tiny(tmp_path / "llama", num_hidden_layers=3)), "--data", str(tmp_path / "text.txt"),
+    model = save_tiny(tmp_path / "llama", num_hidden_layers=3, tie_word_embeddings=True)
+    arguments = ["--model", str(model), "--data", str(tmp_path / "text.txt"),
                  "--stages", "2", "--methods", "dgl", "--block", TEACHING, "--updates", "4", "--evaluate_every", "2",
                  "--sequence", "16", "--eval_micro_batches", "2", "--lr", "3e-3", "--output", str(tmp_path / "study.json")]
     finetune_study.main(arguments)

@@ -50,7 +50,7 @@ class Lesson:
         has_head: whether it has a head that is taught.
 
     Attributes:
-        losses: of the head, the mean of each update.
+        losses: of the head, the mean of each update, on this data-parallel replica.
     """
 
     def __init__(self, settings: TeachingSettings, *, still: bool, has_head: bool) -> None:

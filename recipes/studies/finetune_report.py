@@ -72,7 +72,7 @@ def tables(runs: Runs) -> str:
     return "\n\n".join([table(head, rows), *(["\n".join(["Failed:", *failed])] if failed else [])])
 
 
-def _differing(block: str, blocks: list[str]) -> str:
+def differing(block: str, blocks: list[str]) -> str:
     """What ``block`` says that not all ``blocks`` say, as JSON; nothing where it is the only one."""
     own, others = json.loads(block), [json.loads(other) for other in blocks]
     told = {name: value for name, value in own.items() if any(other.get(name) != value for other in others)}
@@ -92,7 +92,7 @@ def draw(runs: Runs, path: Path) -> None:
     shares, updates, time = figure.subplots(1, 3)
     for name in names:
         own = [line for line in lines if (line.setting.method, line.setting.block) == name]
-        label = f"{name[0]} {_differing(name[1], [block for method, block in names if method == name[0]])}".strip()
+        label = f"{name[0]} {differing(name[1], [block for method, block in names if method == name[0]])}".strip()
         if name[0] not in ("backprop", BARE):
             places = [line.setting.stages for line in own]
             shares.plot(places, [fmean(line.shares) for line in own], "-", marker="o", color=colours[name], label=label)
