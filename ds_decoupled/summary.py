@@ -51,16 +51,17 @@ def _layout(placement: Placement) -> dict[str, Any]:
             "rank_stages": [list(placement.stages_of(r)) for r in range(placement.ranks)]}
 
 
-def summarize_flushed(layers: Sequence[int], updates: int) -> dict[str, Any]:
-    """The same for DeepSpeed's own 1F1B, where every rank is one stage; what it does not count is None.
+def summarize_flushed(layers: Sequence[int], updates: int, bytes_sent: int, messages_sent: int) -> dict[str, Any]:
+    """The same for DeepSpeed's own 1F1B, where every rank is one stage; what nobody counts is None. A collective call.
 
     Args:
         layers: P+1 layer indices at which ranks begin.
         updates: made so far.
+        bytes_sent, messages_sent: by this rank.
     """
     ranks = len(layers) - 1
-    unknown = 0 if ranks == 1 else None  # DeepSpeed does not count what its ranks send
+    sent = gather((bytes_sent, messages_sent))
     return {"method": "backprop", "stages": ranks, "hops": [0, 1], "delays": [0] * ranks,
             "peak_records_in_flight": [None] * ranks, "updates": [updates] * ranks, "held": [None] * ranks,
-            "bytes_sent": unknown, "messages_sent": unknown,
+            "bytes_sent": sum(size for size, _ in sent), "messages_sent": sum(count for _, count in sent),
             **_layout(Placement(tuple(layers), tuple(range(ranks + 1)))), "gradient_tracker": []}

@@ -30,6 +30,15 @@ def test_every_engine_from_a_block_answers(ranks: int) -> None:
         assert flushed["summary"][name] == ours["summary"][name]
 
 
+def test_what_1f1b_sends_is_counted() -> None:
+    """A micro-batch is 4,096 bytes of activations up, and as many of gradients down."""
+    case = {"net": "plain", "stages": "ranks", "method": "backprop"}
+    for batches in (4, 8):
+        summary = worlds.run(2, engine_cases.train, {**case, "batches": batches, "k": 2})[0]["summary"]
+        assert (summary["messages_sent"], summary["bytes_sent"]) == (2 * batches, 2 * batches * 4096)
+    assert worlds.run(1, engine_cases.train, {**case, "batches": 4})[0]["summary"]["bytes_sent"] == 0
+
+
 @pytest.mark.parametrize("method", ["pipedream", "delayed", "dsp"])
 def test_modules_functions_and_in_place_layers(method: str) -> None:
     """J = P ranks by default; on one rank the same two stages."""

@@ -140,6 +140,6 @@ class PipelineEngineBase(GuardedPipelineEngine):
         """DeepSpeed's epilogue of a whole-model backward; stages count their own."""
 
 
-def around_instructions(engine: PipelineEngine, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace each function that DeepSpeed's own engine has for an instruction by what ``around`` makes of it."""
-    engine._INSTRUCTION_MAP = {kind: around(function) for kind, function in engine._INSTRUCTION_MAP.items()}
+def around_instructions(engine: PipelineEngine, around: Callable[[type, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace each function that DeepSpeed's own engine has for an instruction by what ``around`` makes of the two."""
+    engine._INSTRUCTION_MAP = {kind: around(kind, function) for kind, function in engine._INSTRUCTION_MAP.items()}

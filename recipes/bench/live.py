@@ -114,7 +114,7 @@ def count_live(job: Job, calls: int) -> dict[str, int]:
     if runner.ours:
         engine.watch(_Looks(look))
     else:
-        around_instructions(engine, lambda function: _and_then(function, look))
+        around_instructions(engine, lambda _, function: _and_then(function, look))
     with counter:
         for _ in range(runner.warm_up):
             runner.call()
