@@ -127,12 +127,14 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     def show(progress: Progress) -> str:
         return f"loss {progress.train_loss[-1]:.3f}, validation {progress.last_score:.3f}"
 
-    weights = sum(gather(sum(parameter.numel() for parameter in engine.module.parameters()) * (setup.replica == 0)))
+    # Forward, back to the stream, and back to what learns: 2 for each weight that takes part (arXiv 2001.08361, 2.1).
+    flops = sum(gather(sum(2.0 * parameter.numel() * (2 + parameter.requires_grad) for parameter in engine.module.parameters())
+                       * (setup.replica == 0)))
     peak = None if args.peak_tflops is None else 1e12 * args.peak_tflops * dist.get_world_size()
     trained = train(args, setup, engine, loader, test=test, show=show, test_first=test_first,
                     ends=ends_of(updates, args.evaluations, args.eval_steps),
                     best=Best.of(args, lower=True),
-                    speed=Speed(setup.update_samples, "tokens", sequence, 6.0 * weights, peak))
+                    speed=Speed(setup.update_samples, "tokens", sequence, flops, peak))
     text = ""
     if args.sample:
         temperature = TEMPERATURE if args.temperature is None else args.temperature

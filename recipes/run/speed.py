@@ -21,7 +21,7 @@ class Speed:
         samples: of an update, over all replicas.
         unit: what samples are made of, in the plural.
         units: of them in a sample.
-        flops: of the model, forward and back, for one unit: six times its parameters (arXiv 2001.08361, 2.1).
+        flops: of the model, forward and back, for one unit.
         peak_flops: that all devices could do in a second; None where it is not known.
     """
 

@@ -163,6 +163,8 @@ class _Surroundings:
         if self.device != hidden.device:
             self.shell.to(hidden.device)
             self.device = hidden.device
+        for layer in self.layers:  # a model without any weights has no type, by which OpenAI's GPT makes its mask
+            layer.weight = nn.Parameter(hidden.new_empty(0), requires_grad=False)
         nothing = torch.zeros_like(hidden)  # some models write into it
         self.shell(inputs_embeds=nothing, use_cache=False, **named)
         return [layer.__dict__.pop("heard") for layer in self.layers]
