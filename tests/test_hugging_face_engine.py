@@ -58,6 +58,16 @@ def test_any_number_of_ranks(method: str, tmp_path: Path) -> None:
         torch.testing.assert_close(after[1][name], after[2][name], rtol=0, atol=0 if method != "backprop" else 1e-6)
 
 
+def test_compiled(tmp_path: Path) -> None:
+    """What decoder layers are given beside the stream is not compiled, nor made again in each of them."""
+    small_model("llama").save_pretrained(tmp_path / "source")
+    for name, block in (("eager", {}), ("compiled", {"compile": {"backend": "aot_eager"}})):
+        train({"method": "dsp", "block": block}, 1, tmp_path / "source", tmp_path / name)
+    eager, compiled = (weights_of(tmp_path / name) for name in ("eager", "compiled"))
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_mask_travels(tmp_path: Path) -> None:
     small_model("mistral").save_pretrained(tmp_path / "source")
     results = train({"method": "dsp", "mask": True}, 3, tmp_path / "source", tmp_path / "target")

@@ -145,7 +145,6 @@ class _Surroundings:
         self.device = torch.device("cpu")
         self.by_shape: OrderedDict[Any, list[Any]] = OrderedDict()
 
-    @torch.compiler.disable
     def of(self, index: int, hidden: Tensor, named: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of decoder layer ``index``."""
         if named:
@@ -175,6 +174,12 @@ def _surroundings(conversion: Conversion) -> _Surroundings:
     return _Surroundings(*conversion.model)
 
 
+@torch.compiler.disable  # the making of them too: Dynamo looks through the cache, and would make them again in every layer
+def _beside_the_stream(conversion: Conversion, index: int, hidden: Tensor, named: dict[str, Tensor]) -> Any:
+    """What decoder layer ``index`` is given beside the hidden state: positional arguments, and those by name."""
+    return _surroundings(conversion).of(index, hidden, named)
+
+
 class DecoderPart(Part):
     """One decoder layer: hidden state to hidden state, what travels beside it passes through."""
 
@@ -197,7 +202,7 @@ class DecoderPart(Part):
 
     def forward(self, inputs: Hidden) -> Hidden:
         hidden, beside, named = _given(inputs)
-        args, kwargs = _surroundings(self.conversion).of(self.index, hidden, named)
+        args, kwargs = _beside_the_stream(self.conversion, self.index, hidden, named)
         outputs = self.layer.get_submodule(self.path)(hidden, *args, **kwargs)
         return _beside(outputs[0] if isinstance(outputs, tuple | list) else outputs, beside)
 
