@@ -17,7 +17,7 @@ def outcomes(families: list[str]) -> list[tuple[str, bool, str, dict[str, str]]]
 
 
 def test_a_sample() -> None:
-    """Renamed and fused weights, latent attention, a tied head with a bias, a mask of the weights' type, and what is no chain."""
+    """Renamed and fused weights, latent attention, a tied head with a bias, a mask of the weights' type; no chains."""
     [found] = worlds.run(1, outcomes, ["granitemoe", "gpt_neox", "deepseek_v3", "bert", "openai-gpt", "zamba", "hy_v4"])
     for name, good, refused, columns in found:
         assert good or name in ("zamba", "hy_v4"), (name, refused, columns)
