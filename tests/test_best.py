@@ -45,6 +45,15 @@ def test_exhausted() -> None:
     assert not Best(lower=True).exhausted(progress(*range(1, 20)))
 
 
+@pytest.mark.parametrize("lower", [True, False])
+def test_what_has_diverged_is_worst(lower: bool) -> None:
+    """So a run ends early that never gets better than nan, and one that was good before ends with what was good."""
+    best = Best(lower, patience=2)
+    told = progress(*(best.scored(score) for score in (1.0, 3.0, NAN, NAN)))
+    assert best.place(told) == 1 and best.exhausted(told)
+    assert best.exhausted(progress(1.0, *(best.scored(NAN) for _ in range(3))))
+
+
 @pytest.mark.parametrize(("method", "ranks"), [("delayed", 2), ("backprop", 1)])
 def test_ends_with_the_best_weights(method: str, ranks: int, tmp_path: Path, text: Path) -> None:
     """It learns the text, and grows worse on the same letters the other way round: the run stops early, and saves what was

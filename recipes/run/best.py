@@ -40,6 +40,11 @@ class Best:
         """As ``args`` asks for it."""
         return Best(lower, args.early_stopping_patience, args.save_checkpoint if args.load_best_model_at_end else None)
 
+    def scored(self, score: float) -> float:
+        """A test's score as it is compared: nan, which a run gives that has diverged, is worse than any other."""
+        worst = math.inf if self.lower else -math.inf
+        return worst if math.isnan(score) else score
+
     def place(self, progress: Scores) -> int | None:
         """The first entry of ``progress`` that has the best score; None before any test."""
         sign = 1 if self.lower else -1
@@ -77,4 +82,4 @@ class Best:
 def _tests(progress: Scores) -> list[tuple[int, float]]:
     """Entries and scores; a test before all training counts for nothing."""
     return [(entry, score) for entry, (updates, score) in enumerate(zip(progress.updates, progress.score))
-            if updates > 0 and math.isfinite(score)]
+            if updates > 0 and not math.isnan(score)]

@@ -38,7 +38,7 @@ class Progress:
     Attributes:
         updates: made by the end of the stretch, since the very first.
         train_loss: mean over the stretch's micro-batches that finished; nan if none did.
-        score: the test's; nan where none was made.
+        score: the test's; nan where none was made, infinitely bad where it was nan.
         stages: of every stage with a loss of its own, the loss and accuracy of its head; empty for other methods.
         seconds: spent on training alone by the end of the stretch, since the very first.
     """
@@ -72,7 +72,7 @@ class Progress:
     @property
     def last_score(self) -> float:
         """The newest that there is, or nan."""
-        return next((value for value in reversed(self.score) if math.isfinite(value)), math.nan)
+        return next((value for value in reversed(self.score) if not math.isnan(value)), math.nan)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
     if loader is not None:
         loader.seek(first * setup.k)
     if test_first and not progress.updates:
-        progress.add(0, math.nan, test())
+        progress.add(0, math.nan, best.scored(test()))
     bar = tqdm(total=ends[-1], initial=first, unit="update", mininterval=0.5, disable=dist.get_rank() != 0)
     trial = ThreadTrial.of_this_process(tell=dist.get_rank() == 0)
     lines = Lines(args.logging_steps, engine, speed, bar)
@@ -137,7 +137,7 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         seconds += took
         metrics = engine.stage_metrics()
         tested = not last and number % test_every == 0
-        progress.add(end, loss, test() if tested else math.nan, metrics, took)
+        progress.add(end, loss, best.scored(test()) if tested else math.nan, metrics, took)
         if tested:
             best.keep(engine, progress, state)
             last = best.exhausted(progress)
@@ -152,7 +152,7 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
             drained = time.perf_counter() - start
             seconds += drained
             progress.seconds[-1] += drained
-            progress.score[-1] = test()
+            progress.score[-1] = best.scored(test())
             bar.set_postfix_str(f"{show(progress)}, {speed.words(made, took)}")
             break
     restored = best.restore(engine, progress)
