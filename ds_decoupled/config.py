@@ -156,7 +156,8 @@ class DecoupledConfig(BaseModel):
         stages: J: a number, ``"ranks"`` (one per rank), ``"blocks"`` (one per block that the model marks), or the
             layer indices at which stages begin and the last one ends.
         partition: how layers are spread over stages and stages over ranks: ``"parameters"``, ``"uniform"``,
-            ``"profile"`` (measured time), or the layer indices at which ranks begin and the last one ends.
+            ``"profile"`` (measured time), or the layer indices at which ranks begin and the last one ends. A head made of
+            the model's layers weighs what they do.
         hops: ticks that a message takes from stage to stage, forward and backward.
         gradient, recover, weights, update, input: override one axis of the preset.
         pace: where the order of actions comes from: a plan's ``ticks``, a virtual ``clock``, or ranks that run ``free``.

@@ -22,9 +22,12 @@ from ds_decoupled.settings.check import check_settings, comparable
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.shared_memory import release_names
-from ds_decoupled.stages.heads import WholeModel, make_head
+from ds_decoupled.stages.heads import WholeModel, layers_in_head, make_head
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Form, Tensors
+
+#: What the head of a stage weighs, from the stage's number, J, and the layer that the stage ends before; as layers do.
+HeadWeight = Callable[[int, int, int], float]
 
 #: PipelineModule's own default.
 _DEEPSPEED_SEED = 1234
@@ -125,6 +128,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
         self.sample_input = sample_input
         axes = given.axes()
         self._recover, self._window, self._head = axes.recover, axes.window, given.head
+        self._farthest = given.losses == "farthest"
         self.placement: Placement
         if seed_layers:
             base_seed = _DEEPSPEED_SEED if base_seed is None else base_seed
@@ -141,12 +145,13 @@ class DecoupledPipelineModule(PipelineModuleBase):
     def rank_layer_bounds(self) -> list[int]:
         """Cut the layers into stages, spread the stages over the ranks."""
         weights, last = self._layer_weights()
+        heads = self._head_weights(weights)
         if isinstance(self._partition_setting, list):
             parts = check_partition(self._partition_setting, self.num_stages, len(weights))
             self.placement = place_within(parts, self._stages_setting, weights, self._starts)
         else:
-            stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts, last)
-            self.placement = place(stage_bounds, self.num_stages, weights, last)
+            stage_bounds = stage_bounds_of(self._stages_setting, self.num_stages, weights, self._starts, last, heads)
+            self.placement = place(stage_bounds, self.num_stages, weights, last, heads)
         return self.placement.rank_layer_bounds
 
     def _layer_weights(self) -> tuple[list[float], list[float]]:
@@ -168,6 +173,21 @@ class DecoupledPipelineModule(PipelineModuleBase):
         raise ConfigError(f"{BLOCK}.partition", method, "allowed are 'parameters', 'uniform', 'profile' or a list of bounds",
                           "Leave it out for 'parameters'.")
 
+    def _head_weights(self, weights: Sequence[float]) -> HeadWeight | None:
+        """What heads weigh that are made of the model's layers; other ones are small."""
+        measured = self._partition_setting == "profile" and self._heads()[1]
+        if not self._window or measured:
+            return None
+
+        def weight(stage: int, stages: int, end: int) -> float:
+            above = weights[end:-1]
+            layers = layers_in_head(self._head, stage, stages, len(above))
+            if layers is None or self._farthest and stage < min(self._window, stages) - 1:
+                return 0.0
+            return layers * sum(above) / max(1, len(above)) + weights[-1]
+
+        return weight
+
     def _heads(self) -> tuple[HeadMaker | None, list[int]]:
         """How the stages' heads are built, and the ends of stages that have one and are known before the layers are cut."""
         setting = self._starts if self._stages_setting == "blocks" else self._stages_setting
@@ -186,7 +206,7 @@ class DecoupledPipelineModule(PipelineModuleBase):
 
 
 def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequence[float], starts: list[int],
-                    last: Sequence[float] | None = None) -> list[int]:
+                    last: Sequence[float] | None = None, heads: HeadWeight | None = None) -> list[int]:
     """Layer indices at which stages begin, and the number of layers.
 
     Args:
@@ -195,6 +215,7 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
         weights: one per layer.
         starts: the layers that begin a block, where the model marks them.
         last: what the layers weigh in the last stage, if not the same.
+        heads: what a stage's head weighs.
     """
     name, layers = f"{BLOCK}.stages", len(weights)
     if isinstance(setting, list):
@@ -211,16 +232,19 @@ def stage_bounds_of(setting: int | str | list[int], ranks: int, weights: Sequenc
         if count > layers:
             raise ConfigError(name, setting, f"{count} stages need as many layers, the model has {layers}",
                               f'Take at most {layers}, or "blocks".')
-        bounds = _cut(weights, count, last)
+        bounds = _cut(weights, count, last, None if heads is None else lambda stage, end: heads(stage, count, end))
     if len(bounds) - 1 < ranks:
         raise ConfigError(name, setting, f"{len(bounds) - 1} stages (J) cannot fill {ranks} pipe ranks (P): J >= P",
                           "Take more stages or fewer ranks.")
     return bounds
 
 
-def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], last: Sequence[float] | None = None) -> Placement:
+def place(stage_bounds: list[int], ranks: int, weights: Sequence[float], last: Sequence[float] | None = None,
+          heads: HeadWeight | None = None) -> Placement:
     """Stages on ranks, balanced by weight."""
-    stage_weights = [sum(weights[a:b]) for a, b in zip(stage_bounds, stage_bounds[1:])]
+    stages = len(stage_bounds) - 1
+    stage_weights = [sum(weights[a:b]) + (0.0 if heads is None else heads(s, stages, b))
+                     for s, (a, b) in enumerate(zip(stage_bounds, stage_bounds[1:]))]
     stage_weights[-1] = sum((last or weights)[stage_bounds[-2]:])
     return Placement(tuple(stage_bounds), tuple(_cut(stage_weights, ranks)))
 
@@ -261,8 +285,9 @@ def place_within(parts: list[int], setting: int | str | list[int], weights: Sequ
     return Placement(tuple(bounds), tuple(bounds.index(b) for b in parts))
 
 
-def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
-    return balanced_bounds(weights, parts, last) if any(weights) else uniform_bounds(len(weights), parts)
+def _cut(weights: Sequence[float], parts: int, last: Sequence[float] | None = None,
+         beside: Callable[[int, int], float] | None = None) -> list[int]:
+    return balanced_bounds(weights, parts, last, beside) if any(weights) else uniform_bounds(len(weights), parts)
 
 
 def tied_keys(module: PipelineModule) -> list[str]:

@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     plot = args.plot or args.output.with_suffix(".png")
     try:
         wanted = all_settings(args)
-        check(wanted, study, len(from_hugging_face(study.model, untie_embeddings=True)))
+        check(wanted, study)
+        from_hugging_face(study.model, untie_embeddings=True)  # what cannot be read is told before anything runs
         Corpus.of(read_text(study.data), tokenizer_of(None, study.model), study.sequence)
         check_file("--output", args.output)
         check_picture("--plot", plot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import engine_cases
 import pytest
 import tiny_lm
 import torch
@@ -190,6 +191,19 @@ def test_measured_partition() -> None:
     case = {**case_of(CNN, 1, head="auglocal:9", partition="profile"), "stages": [0, 1, 7]}
     seconds = worlds.run(1, measured_weights, case)[0]
     assert len(seconds) == 7 and seconds[0] > max(seconds[1:])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stages_are_cut_with_their_heads(ranks: int) -> None:
+    """Seven layers alike in two stages: a head of three weighs three. A stage from which nobody learns has none."""
+    def layers(head: str, stages: int, **more: Any) -> list[list[int]]:
+        case = {**case_of({**CNN, "batches": 2}, 1 + len(more), head=head, partition="uniform", **more), "stages": stages}
+        found: list[list[int]] = worlds.run(ranks, engine_cases.train, case)[0]["summary"]["stage_layers"]
+        return found
+
+    assert layers("mlp-sr", 2) == [[0, 1, 2], [3, 4, 5, 6]]
+    assert layers("auglocal:2", 2) == [[0, 1], [2, 3, 4, 5, 6]]
+    assert layers("auglocal:2", 3, losses="farthest") == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_resume(tmp_path: Path) -> None:

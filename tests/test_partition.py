@@ -36,6 +36,23 @@ def test_balanced_is_the_best_cut(case: tuple[list[int], int]) -> None:
     assert measure(weights, bounds) == brute_force(weights, parts)
 
 
+@given(layers_and_parts(), st.integers(0, 9), st.integers(0, 3))
+def test_what_runs_weigh_beside_their_items(case: tuple[list[int], int], more: int, slope: int) -> None:
+    """All but the last one weigh more, which depends on the run's number and on where it ends."""
+    weights, parts = case
+
+    def beside(part: int, end: int) -> int:
+        return max(0, more - slope * part) + end % 2
+
+    def measured(bounds: list[int]) -> tuple[int, int]:
+        runs = [sum(weights[a:b]) + (0 if b == len(weights) else beside(part, b))
+                for part, (a, b) in enumerate(pairwise(bounds))]
+        return max(runs), sum(run**2 for run in runs)
+
+    cuts = ([0, *inner, len(weights)] for inner in combinations(range(1, len(weights)), parts - 1))
+    assert measured(balanced_bounds(weights, parts, beside=beside)) == min(map(measured, cuts))
+
+
 def test_a_lighter_beginning_may_be_less_even() -> None:
     """8 is the heaviest run whatever the rest does, so that the rest is free to be even: 7, 2, 4, not 1, 6, 6."""
     assert balanced_bounds([1, 6, 2, 4, 8], 4) == [0, 2, 3, 4, 5]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -54,13 +54,15 @@ def uniform_bounds(items: int, parts: int) -> list[int]:
     return [items * i // parts for i in range(parts + 1)]
 
 
-def balanced_bounds(weights: Sequence[float], parts: int, last: Sequence[float] | None = None) -> list[int]:
+def balanced_bounds(weights: Sequence[float], parts: int, last: Sequence[float] | None = None,
+                    beside: Callable[[int, int], float] | None = None) -> list[int]:
     """Bounds of ``parts`` non-empty runs whose heaviest run is as light as can be.
 
     Args:
         weights: one per item.
         parts: how many runs.
         last: what the items weigh in the last run, where that differs (the last stage recomputes nothing).
+        beside: what a run weighs beside its items, from its number and the item that it ends before; the last run nothing.
 
     Exact, by dynamic programming over prefix sums; of the cuts with the same heaviest run, one with the smallest sum of
     squares, so that the rest is even too.
@@ -72,20 +74,20 @@ def balanced_bounds(weights: Sequence[float], parts: int, last: Sequence[float] 
 
     last_prefix = prefix if last is None else [0.0, *accumulate(float(w) for w in last)]
 
-    def run(begin: int, end: int) -> float:
+    def run(part: int, begin: int, end: int) -> float:
         sums = last_prefix if end == n else prefix
-        return sums[end] - sums[begin]
+        return sums[end] - sums[begin] + (0.0 if beside is None or end == n else beside(part, end))
 
     lightest = [0.0, *(float("inf") for _ in range(n))]
-    for _ in range(parts):
-        lightest = [min((max(lightest[cut], run(cut, end)) for cut in range(end)), default=float("inf"))
+    for part in range(parts):
+        lightest = [min((max(lightest[cut], run(part, cut, end)) for cut in range(end)), default=float("inf"))
                     for end in range(n + 1)]
     # A second pass, because a lighter beginning may be less even: among all cuts within the limit, the most even one.
     limit, infinite = lightest[n], (float("inf"), 0)
     best = [[(0.0, 0), *(infinite for _ in range(n))]]
-    for _ in range(parts):
-        best.append([min(((best[-1][cut][0] + run(cut, end) ** 2, cut) for cut in range(end) if run(cut, end) <= limit),
-                         default=infinite) for end in range(n + 1)])
+    for part in range(parts):
+        best.append([min(((best[-1][cut][0] + run(part, cut, end) ** 2, cut) for cut in range(end)
+                          if run(part, cut, end) <= limit), default=infinite) for end in range(n + 1)])
     bounds = [n]
     for part in range(parts, 0, -1):
         bounds.append(best[part][bounds[-1]][1])

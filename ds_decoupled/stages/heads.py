@@ -92,6 +92,25 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
     return head.train()
 
 
+def layers_in_head(name: str | HeadBuilder | None, stage: int, stages: int, above: int) -> int | None:
+    """Of how many of the model's layers the head of a stage is made, its last layer beside them not counted.
+
+    Args:
+        name: as for :func:`make_head`.
+        stage: its number.
+        stages: J.
+        above: layers between the stage and the model's last one.
+
+    Returns:
+        None for a head that is not made of the model's layers, and is small.
+    """
+    copied, blocks, depth, lens = copied_layers(name or ""), shared_blocks(name), auglocal_depth(name), lens_depth(name)
+    if depth is not None:
+        depth = depth_of(stage, stages, depth)
+    found = next((count for count in (depth, lens, blocks, copied - 1 if copied else None) if count is not None), None)
+    return None if found is None else min(found, above)
+
+
 def make_readout(layers: Sequence[Any], like: nn.Parameter | None, device: torch.device) -> SharedReadout:
     """A read-only copy of the last of ``layers``, with the weights that this starts from."""
     readout = SharedReadout(_copy_of(layers[-1], SHARED))

@@ -36,7 +36,7 @@ def train(setting: FinetuneSetting, study: FinetuneStudy, progress: Callable[[in
     corpus = Corpus.of(read_text(study.data), tokenizer, study.sequence)
     batches = RandomWindows(corpus.train, study.micro_batch, study.sequence, seed=setting.seed)
     layers = from_hugging_face(study.model, untie_embeddings=True)
-    config = setting.config(study, len(layers))
+    config = setting.config(study)
     model = ds_decoupled.DecoupledPipelineModule(
         layers, config=copy.deepcopy(config), num_stages=1, loss_fn=next_token_loss, base_seed=setting.seed,
         sample_input=torch.zeros(study.micro_batch, study.sequence, dtype=torch.long))

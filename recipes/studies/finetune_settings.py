@@ -49,7 +49,7 @@ class FinetuneSetting:
 
     Attributes:
         method: a preset's name, or :data:`BARE`, which has one stage as ``backprop`` has, which all are compared with.
-        stages: J, each of as many blocks as the others.
+        stages: J, each of as many layers as the others, those counted that its head is made of.
         block: further settings of the ``decoupled`` block, as JSON text.
         seed: of the data.
     """
@@ -65,28 +65,15 @@ class FinetuneSetting:
         further = "" if self.block == "{}" else f" {self.block}"
         return f"{self.method} J={self.stages}{further} seed={self.seed}"
 
-    def config(self, study: FinetuneStudy, layers: int) -> dict[str, Any]:
-        """The DeepSpeed JSON.
-
-        Args:
-            layers: of the model: the embedding, its blocks, and the readout.
-        """
+    def config(self, study: FinetuneStudy) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
         block: dict[str, Any] = {"method": self.method, **json.loads(self.block)}
         if not PRESETS[self.method].flush:
-            block = {"stages": stage_bounds(self.stages, layers), **block}
+            block = {"stages": self.stages, "partition": "uniform", **block}
         return {"train_micro_batch_size_per_gpu": study.micro_batch, "gradient_accumulation_steps": 1,
                 "gradient_clipping": 1.0, "steps_per_print": 10**9,
                 "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": study.lr, "weight_decay": WEIGHT_DECAY}},
                 "decoupled": block}
-
-
-def stage_bounds(stages: int, layers: int) -> list[int]:
-    """Layers at which J stages of equally many blocks begin: the embedding joined to the first one's, the readout to the last.
-
-    >>> stage_bounds(2, 32), stage_bounds(4, 32)
-    ([0, 16, 32], [0, 9, 16, 23, 32])
-    """
-    return [0, *(1 + round((layers - 2) * s / stages) for s in range(1, stages)), layers]
 
 
 def settings_of(methods: list[str], stages: list[int], blocks: list[str], seeds: list[int]) -> list[FinetuneSetting]:
@@ -105,7 +92,7 @@ def _is_backprop(method: str, stages: int, block: str) -> bool:
     return given is not None and given.losses == "farthest" and given.axes().window >= stages
 
 
-def check(settings: list[FinetuneSetting], study: FinetuneStudy, layers: int) -> list[DecoupledConfig]:
+def check(settings: list[FinetuneSetting], study: FinetuneStudy) -> list[DecoupledConfig]:
     """The blocks, read; raises ConfigError for what cannot work."""
-    read = [parse_block(setting.config(study, layers)) for setting in settings if setting.method != BARE]
+    read = [parse_block(setting.config(study)) for setting in settings if setting.method != BARE]
     return [block for block in read if block is not None]
