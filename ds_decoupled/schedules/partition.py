@@ -73,10 +73,11 @@ def balanced_bounds(weights: Sequence[float], parts: int, last: Sequence[float] 
     prefix = [0.0, *accumulate(float(w) for w in weights)]
 
     last_prefix = prefix if last is None else [0.0, *accumulate(float(w) for w in last)]
+    more = [[0.0 if beside is None or end == n else beside(part, end) for end in range(n + 1)] for part in range(parts)]
 
     def run(part: int, begin: int, end: int) -> float:
         sums = last_prefix if end == n else prefix
-        return sums[end] - sums[begin] + (0.0 if beside is None or end == n else beside(part, end))
+        return sums[end] - sums[begin] + more[part][end]
 
     lightest = [0.0, *(float("inf") for _ in range(n))]
     for part in range(parts):
