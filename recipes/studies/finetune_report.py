@@ -80,16 +80,16 @@ def differing(block: str, blocks: list[str]) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Shares of backpropagation's gain against J, and losses against updates and time."""
+    """Shares of backpropagation's gain against J and memory, and losses against updates and time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = lines_of(runs)
     names = sorted({(line.setting.method, line.setting.block) for line in lines})
     colours = {name: f"C{i}" for i, name in enumerate(names)}
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 8.6), layout="constrained")
     FigureCanvasAgg(figure)
-    shares, updates, time = figure.subplots(1, 3)
+    (shares, memory), (updates, time) = figure.subplots(2, 2)
     for name in names:
         own = [line for line in lines if (line.setting.method, line.setting.block) == name]
         label = f"{name[0]} {differing(name[1], [block for method, block in names if method == name[0]])}".strip()
@@ -98,6 +98,8 @@ def draw(runs: Runs, path: Path) -> None:
             shares.plot(places, [fmean(line.shares) for line in own], "-", marker="o", color=colours[name], label=label)
             for line in own:
                 shares.plot([line.setting.stages] * len(line.shares), line.shares, ".", color=colours[name], alpha=0.4)
+        memory.plot([line.mean("peak_memory_bytes") / 2**30 for line in own], [fmean(line.shares) for line in own], "o",
+                    color=colours[name], label=label)
         for line in own:
             curves, stages = line.runs[0]["curves"], "" if name[0] in ("backprop", BARE) else f", J = {line.setting.stages}"
             for panel, along in ((updates, "updates"), (time, "seconds")):
@@ -106,9 +108,11 @@ def draw(runs: Runs, path: Path) -> None:
     shares.axhline(1, color="grey", linewidth=0.8)
     shares.set_xticks(sorted({line.setting.stages for line in lines if line.setting.method not in ("backprop", BARE)}))
     shares.set(xlabel="stages", ylabel="gain / backpropagation's gain", title="after equal tokens; a dot a seed")
+    memory.set(xlabel="peak memory of one rank that has all stages, GiB", ylabel="gain / backpropagation's gain",
+               title="against memory; the mean of the seeds")
     updates.set(xlabel="updates", ylabel="validation loss, nats", title="lessons of heads counted; first seed")
     time.set(xlabel="seconds of one rank that has all stages", title="the same, against time")
-    for panel in (shares, updates, time):
+    for panel in (shares, memory, updates, time):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
