@@ -74,6 +74,12 @@ def test_definition(window: int, block: dict[str, Any], ranks: int) -> None:
     compare(case_of(window, **block), ranks)
 
 
+def test_a_share_of_what_is_above() -> None:
+    """Half of the five blocks above two layers, which with head are five of eight: translator, two blocks, readout."""
+    [result] = compare({**case_of(head="lens:50%", partition="uniform"), "stages": 2}, 1)
+    assert result["summary"]["stage_layers"] == [[0, 1], [2, 3, 4, 5, 6, 7]] and len(result["heads"][0].head) == 4
+
+
 @pytest.mark.parametrize("window, block, ranks", [
     (3, {"losses": "farthest"}, 2), (3, {}, 2), (2, {"losses": "farthest", "hops": [1, 1]}, 4)])
 def test_definition_in_four_stages(window: int, block: dict[str, Any], ranks: int) -> None:
@@ -224,8 +230,8 @@ def test_translator() -> None:
 
 
 def test_names() -> None:
-    assert [lens_depth(name) for name in ("lens", "lens:0", "lens:12", "lm", None)] == [4, 0, 12, None, None]
-    for name in ("lens:", "lens:-1", "lenses", "lens:x"):
+    assert [lens_depth(name) for name in ("lens", "lens:0", "lens:12", "lens:5%", "lm", None)] == [4, 0, 12, 0.05, None, None]
+    for name in ("lens:", "lens:-1", "lenses", "lens:x", "lens:0%", "lens:100%", "lens:%", "lens:5%%"):
         with pytest.raises(ConfigError, match="lens:n"):
             lens_depth(name)
 

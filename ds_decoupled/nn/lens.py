@@ -20,14 +20,16 @@ from ds_decoupled.nn.auglocal import DEPTH
 from ds_decoupled.tensors import Tensors, as_tuple
 
 LENS = "lens"
-"""The head's name; ``lens:n`` for n blocks between translator and readout, ``lens:0`` for a tuned lens."""
+"""The head's name; ``lens:n`` for n blocks between translator and readout, ``lens:n%`` for a share of those above the stage,
+``lens:0`` for a tuned lens."""
 
 
-def lens_depth(name: object) -> int | None:
-    """How many blocks the head of every stage copies, if so many are left; None for a head of another kind.
+def lens_depth(name: object) -> int | float | None:
+    """How many blocks the head of every stage copies, if so many are left, or which share of them, below 1; None for a head of
+    another kind.
 
-    >>> lens_depth("lens"), lens_depth("lens:0"), lens_depth("auglocal")
-    (4, 0, None)
+    >>> lens_depth("lens"), lens_depth("lens:0"), lens_depth("lens:60%"), lens_depth("auglocal")
+    (4, 0, 0.6, None)
 
     Raises:
         ConfigError: if the number is none.
@@ -35,11 +37,22 @@ def lens_depth(name: object) -> int | None:
     if not isinstance(name, str) or not name.startswith(LENS):
         return None
     kind, colon, count = name.partition(":")
-    if kind != LENS or colon and not count.isdigit():
+    number = count.removesuffix("%")
+    share = number != count
+    if kind != LENS or colon and not (number.isdigit() and (not share or 0 < int(number) < 100)):
         raise ConfigError("decoupled.head", name, f"heads that read through the rest of the model are named {LENS!r}, or "
-                          f"'{LENS}:n' with n blocks before the model's last layer",
-                          f"For example '{LENS}:2'; '{LENS}:0' is a translator alone.")
-    return int(count) if colon else DEPTH
+                          f"'{LENS}:n' with n blocks before the model's last layer, or '{LENS}:n%' with a share of those above "
+                          "the stage", f"For example '{LENS}:2' or '{LENS}:50%'; '{LENS}:0' is a translator alone.")
+    return DEPTH if not colon else int(number) / 100 if share else int(number)
+
+
+def lens_blocks(depth: int | float, above: int) -> int:
+    """How many blocks that is, of so many ``above`` the stage.
+
+    >>> lens_blocks(4, 3), lens_blocks(0.6, 22)
+    (3, 13)
+    """
+    return min(depth, above) if isinstance(depth, int) else round(depth * above)
 
 
 class Translator(nn.Module):

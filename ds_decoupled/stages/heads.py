@@ -21,7 +21,7 @@ from ds_decoupled.nn.heads import (
     copied_layers,
     shared_blocks,
 )
-from ds_decoupled.nn.lens import LENS, Translator, lens_depth
+from ds_decoupled.nn.lens import LENS, Translator, lens_blocks, lens_depth
 from ds_decoupled.stages.compiled import plain_copy
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Form, Tensors, as_tuple
@@ -72,7 +72,7 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
             own = [*_picked_layers(model, stage, falling, AUGLOCAL), _copy_of(layers[-1], AUGLOCAL)]
             head = StageHead(nn.Sequential(*own), takes_all=True)
         elif lens is not None:
-            own = [Translator(outputs), *(_picked_layers(model, stage, lens, LENS) if lens else ())]
+            own = [Translator(outputs), *_lens_layers(model, stage, lens)]
             head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
         elif copied:
             copies = [_copy_of(layer, chosen) for layer in _last(layers, copied, chosen)]
@@ -107,6 +107,7 @@ def layers_in_head(name: str | HeadBuilder | None, stage: int, stages: int, abov
     copied, blocks, depth, lens = copied_layers(name or ""), shared_blocks(name), auglocal_depth(name), lens_depth(name)
     if depth is not None:
         depth = depth_of(stage, stages, depth)
+    lens = None if lens is None else lens_blocks(lens, above)
     found = next((count for count in (depth, lens, blocks, copied - 1 if copied else None) if count is not None), None)
     return None if found is None else min(found, above)
 
@@ -126,6 +127,11 @@ def _last(layers: Sequence[Any], count: int, name: Any) -> Sequence[Any]:
     if count > len(layers):
         raise ConfigError("decoupled.head", name, f"it copies {count} layers of the model, which has {len(layers)}")
     return layers[-count:]
+
+
+def _lens_layers(model: WholeModel, stage: int, depth: int | float) -> list[nn.Module]:
+    blocks = lens_blocks(depth, len(model.layers) - 1 - model.bounds[stage + 1]) if depth else 0
+    return _picked_layers(model, stage, blocks, LENS) if blocks else []
 
 
 def _picked_layers(model: WholeModel, stage: int, depth: int, name: str) -> list[nn.Module]:
