@@ -22,7 +22,8 @@ class FlushedPipelineEngine(PipelineEngine):
     decoupled engine it needs a data iterator on the ranks of the last stage too, as in DeepSpeed.
 
     Attributes:
-        bytes_sent, messages_sent: from this rank to its neighbours, in training and evaluation: activations and gradients.
+        bytes_sent, messages_sent: from this rank to its neighbours: activations and gradients, without those of evaluations, as
+            decoupled engines count.
     """
 
     in_flight = 0
@@ -34,12 +35,13 @@ class FlushedPipelineEngine(PipelineEngine):
 
         DeepSpeed would tell a monitor the mean of whatever it gives: a list, outputs, or None.
         """
-        enabled = self.monitor.enabled
+        enabled, sent = self.monitor.enabled, (self.bytes_sent, self.messages_sent)
         self.monitor.enabled = enabled and compute_loss and reduce_output is not None
         try:
             return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)
         finally:
             self.monitor.enabled = enabled
+            self.bytes_sent, self.messages_sent = sent
 
     def drain(self) -> Tensor:
         """There is nothing to finish: NaN, as where a decoupled engine finished nothing."""

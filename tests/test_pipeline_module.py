@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import engine_cases
 import pytest
 import torch
@@ -30,13 +32,21 @@ def test_every_engine_from_a_block_answers(ranks: int) -> None:
         assert flushed["summary"][name] == ours["summary"][name]
 
 
+def what_is_sent(case: dict[str, Any]) -> list[tuple[int, int]]:
+    """Messages and bytes after one update, and after an evaluation, as the summary tells them on a rank of a world."""
+    engine = engine_cases.build(case)
+    engine.train_batch(engine_cases.data_of(case, engine))
+    told = [engine.decoupled_summary()]
+    engine.eval_batch(engine_cases.data_of(case, engine))
+    told.append(engine.decoupled_summary())
+    return [(summary["messages_sent"], summary["bytes_sent"]) for summary in told]
+
+
 def test_what_1f1b_sends_is_counted() -> None:
-    """A micro-batch is 4,096 bytes of activations up, and as many of gradients down."""
-    case = {"net": "plain", "stages": "ranks", "method": "backprop"}
-    for batches in (4, 8):
-        summary = worlds.run(2, engine_cases.train, {**case, "batches": batches, "k": 2})[0]["summary"]
-        assert (summary["messages_sent"], summary["bytes_sent"]) == (2 * batches, 2 * batches * 4096)
-    assert worlds.run(1, engine_cases.train, {**case, "batches": 4})[0]["summary"]["bytes_sent"] == 0
+    """A micro-batch is 4,096 bytes of activations up, and as many of gradients down; evaluations do not count, as elsewhere."""
+    case = {"net": "plain", "stages": "ranks", "method": "backprop", "batches": 4, "k": 4}
+    assert worlds.run(2, what_is_sent, case) == [[(8, 8 * 4096)] * 2] * 2
+    assert worlds.run(1, what_is_sent, case) == [[(0, 0)] * 2]
 
 
 @pytest.mark.parametrize("method", ["pipedream", "delayed", "dsp"])
