@@ -193,17 +193,17 @@ def test_measured_partition() -> None:
     assert len(seconds) == 7 and seconds[0] > max(seconds[1:])
 
 
+def bounds_of(cases: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    """At which layers stages begin, on a rank of a world."""
+    return [engine_cases.build(case).module.placement.stage_bounds for case in cases]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stages_are_cut_with_their_heads(ranks: int) -> None:
     """Seven layers alike in two stages: a head of three weighs three. A stage from which nobody learns has none."""
-    def layers(head: str, stages: int, **more: Any) -> list[list[int]]:
-        case = {**case_of({**CNN, "batches": 2}, 1 + len(more), head=head, partition="uniform", **more), "stages": stages}
-        found: list[list[int]] = worlds.run(ranks, engine_cases.train, case)[0]["summary"]["stage_layers"]
-        return found
-
-    assert layers("mlp-sr", 2) == [[0, 1, 2], [3, 4, 5, 6]]
-    assert layers("auglocal:2", 2) == [[0, 1], [2, 3, 4, 5, 6]]
-    assert layers("auglocal:2", 3, losses="farthest") == [[0, 1, 2], [3, 4, 5], [6]]
+    cases = [{**case_of(CNN, 1 + len(more), head=head, partition="uniform", **more), "stages": stages}
+             for head, stages, more in (("mlp-sr", 2, {}), ("auglocal:2", 2, {}), ("auglocal:2", 3, {"losses": "farthest"}))]
+    assert worlds.run(ranks, bounds_of, cases)[0] == [(0, 3, 7), (0, 2, 7), (0, 3, 6, 7)]
 
 
 def test_resume(tmp_path: Path) -> None:
