@@ -67,11 +67,13 @@ def in_the_middle(case: dict[str, Any], folder: str) -> dict[str, Any]:
     engine.drain()
     engine.load_checkpoint(folder)
     loaded = engine_cases.state_of(engine)
-    same = all(torch.equal(at_save[name], loaded[name]) for name in at_save)
+    # What they are is told: the test has failed once, on a busy machine, and nobody knows why.
+    differing = {name: (value.flatten()[:4].tolist(), loaded[name].flatten()[:4].tolist()) for name, value in at_save.items()
+                 if not torch.equal(value, loaded[name])}
     rings = {s: ring.state_dict()["order"] for s, ring in engine.network.rings.items()}
     engine.train_batch(data)
     engine.drain()
-    return _leaving(engine, {"values": values, "same": same, "rings": rings == saved, "replica": 0})
+    return _leaving(engine, {"values": values, "differing": differing, "rings": rings == saved, "replica": 0})
 
 
 def data_that_end(case: dict[str, Any]) -> dict[str, Any]:
