@@ -22,7 +22,7 @@ import torch
 from deepspeed import comm as dist
 
 from ds_decoupled.axes import Axes
-from ds_decoupled.collectives import gather
+from ds_decoupled.collectives import agreed, gather, together
 from ds_decoupled.compat import PipelineEngineBase
 from ds_decoupled.links import Message
 from ds_decoupled.network import Network
@@ -96,26 +96,49 @@ def save_checkpoint(engine: PipelineEngineBase, parts: Parts, save_dir: str, tag
 def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag: Any, strict: bool, load_optimizer: bool,
                     load_lr_scheduler: bool, module_only: bool) -> tuple[str | None, dict[str, Any] | None]:
     """Read a checkpoint; see :meth:`DecoupledPipelineEngine.load_checkpoint`."""
+    # What fails on one rank fails on all, and none goes on before all have loaded: a rank that runs free would send into a ring
+    # that is about to be replaced.
+    tag = agreed(lambda: (found := _tag(load_dir, tag), {"tag": found}), "checkpoint")
     if tag is None:
-        latest = os.path.join(load_dir, "latest")
-        if not os.path.isfile(latest):
-            return None, None
-        with open(latest) as file:
-            tag = file.read().strip()
-    folder = os.path.join(load_dir, str(tag))
-    if not os.path.isfile(os.path.join(folder, "decoupled_engine.pt")):
-        raise FileNotFoundError(f"{folder} holds no checkpoint of a decoupled engine (decoupled_engine.pt is missing)")
-    state = torch.load(os.path.join(folder, "decoupled_engine.pt"), map_location="cpu", weights_only=False)
+        return None, None
+    folder = os.path.join(load_dir, tag)
+    state = together(lambda: _engine_state(folder))
     if module_only:
         if not parts.runner.at_rest:
             raise RuntimeError("load_checkpoint(load_module_only=True) needs an empty pipeline, because the gradients that are "
                                "on their way are those of other weights: call drain() first")
-        _load_weights(engine, folder, strict)
+        together(lambda: _load_weights(engine, folder, strict))
         for worker in parts.workers.values():
             worker.weights_replaced()
         return folder, state["client_state"]
     _check_same(engine, parts, folder, state)
     parts.network.pending()  # takes in what is on its way; it is of a run that ends here
+    together(lambda: _load_all(engine, parts, folder, state, strict, load_optimizer, load_lr_scheduler))
+    return folder, state["client_state"]
+
+
+def _tag(load_dir: str, tag: Any) -> str | None:
+    """``tag``, or by default the newest one; None where there is none."""
+    if tag is not None:
+        return str(tag)
+    latest = os.path.join(load_dir, "latest")
+    if not os.path.isfile(latest):
+        return None
+    with open(latest) as file:
+        return file.read().strip()
+
+
+def _engine_state(folder: str) -> dict[str, Any]:
+    file = os.path.join(folder, "decoupled_engine.pt")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{folder} holds no checkpoint of a decoupled engine (decoupled_engine.pt is missing)")
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    return state
+
+
+def _load_all(engine: PipelineEngineBase, parts: Parts, folder: str, state: Mapping[str, Any], strict: bool,
+              load_optimizer: bool, load_lr_scheduler: bool) -> None:
+    """This rank's weights, and all that is in flight."""
     _load_weights(engine, folder, strict)
     parts.seeds.base = state["seed"]  # before records are made again, with dropout's masks
     pending: dict[str, dict[int, list[Message]]] = {"activations": {}, "gradients": {}}
@@ -139,7 +162,6 @@ def load_checkpoint(engine: PipelineEngineBase, parts: Parts, load_dir: str, tag
     parts.network.coding.load_state_dict(codecs, engine.device)
     for watcher in parts.watchers:
         watcher.resumed(runner.next_micro_batch)
-    return folder, state["client_state"]
 
 
 def _check_same(engine: PipelineEngineBase, parts: Parts, folder: str, state: Mapping[str, Any]) -> None:

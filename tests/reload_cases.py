@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +104,27 @@ def all_weights_alone(cases: list[dict[str, Any]], folder: str) -> list[dict[str
     """Several cases, each with and without optimizers' states."""
     ways: list[dict[str, Any]] = [{"load_module_only": True}, {"load_optimizer_states": False}]
     return [weights_alone(case, f"{folder}/{i}-{j}", **way) for i, case in enumerate(cases) for j, way in enumerate(ways)]
+
+
+def incomplete(case: dict[str, Any], folder: str) -> str:
+    """A file of the topmost rank's is gone; what loading says."""
+    engine = build(case)
+    engine.save_checkpoint(folder, tag="a")
+    if engine.is_last_stage():
+        next(Path(folder, "a").glob(f"decoupled_stage_{max(engine.stages):02d}-*")).unlink()
+    try:
+        engine.load_checkpoint(folder)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def other_folders(case: dict[str, Any], folder: str) -> str:
+    """Every rank looks into a folder of its own, and only the first one's has a checkpoint."""
+    engine = build(case)
+    engine.save_checkpoint(folder, tag="a")
+    try:
+        engine.load_checkpoint(folder if engine.global_rank == 0 else f"{folder}/elsewhere")
+    except Exception as error:
+        return str(error)
+    return ""

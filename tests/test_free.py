@@ -71,9 +71,14 @@ def test_slow_down() -> None:
 
 
 def test_in_the_middle(tmp_path: Path) -> None:
-    for result in worlds.run(2, free_cases.in_the_middle, case_of(), str(tmp_path)):
-        assert len(result["values"]) == 3 and not result["differing"] and result["rings"]
+    """Behind a checkpoint is what was there, also where rank 0 has loaded and sends before rank 1 has loaded its ring."""
+    below, above = worlds.run(2, free_cases.in_the_middle, case_of(), str(tmp_path))
+    for result in (below, above):
+        assert len(result["values"]) == 3 and not result["differing"]
         assert all(value == value for value in result["values"])
+    assert above["saved"]["came"] == below["saved"]["made"] - below["saved"]["unsent"]
+    dropped = below["saved"]["unsent"] + below["after"]["unsent"] - below["unsent_before"]
+    assert above["after"]["came"] == below["after"]["made"] - dropped > above["saved"]["came"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

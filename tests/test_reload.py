@@ -55,3 +55,12 @@ def test_weights_alone(ranks: int, tmp_path: Path) -> None:
         for i, result in enumerate(results):
             assert result["moved"] and all(result["still"].values()), (PRECISIONS.keys(), i, result)
             assert i % 2 or "drain() first" in result["message"]
+
+
+def test_a_rank_that_cannot_load_is_told_of(tmp_path: Path) -> None:
+    """Nobody goes on alone, into a call that the others never join."""
+    case = {"method": "petra", "net": "norm_free"}
+    first, second = worlds.run(2, reload_cases.incomplete, case, str(tmp_path / "incomplete"))
+    assert "rank 1 failed: FileNotFoundError" in first and "decoupled_stage" in first and "decoupled_stage" in second
+    for told in worlds.run(2, reload_cases.other_folders, case, str(tmp_path / "apart")):
+        assert "'a' on rank 0, left out on rank 1" in told, told
