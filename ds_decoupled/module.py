@@ -22,7 +22,7 @@ from ds_decoupled.settings.check import check_settings, comparable
 from ds_decoupled.settings.reading import Source
 from ds_decoupled.settings.unsupported import check_checkpoint_interval
 from ds_decoupled.shared_memory import release_names
-from ds_decoupled.stages.heads import WholeModel, layers_in_head, make_head
+from ds_decoupled.stages.heads import WholeModel, make_head, own_layers
 from ds_decoupled.stages.randomness import mix, seeded
 from ds_decoupled.tensors import Form, Tensors
 
@@ -181,10 +181,10 @@ class DecoupledPipelineModule(PipelineModuleBase):
 
         def weight(stage: int, stages: int, end: int) -> float:
             above = weights[end:-1]
-            layers = layers_in_head(self._head, stage, stages, len(above))
-            if layers is None or self._farthest and stage < min(self._window, stages) - 1:
+            own = own_layers(self._head, stage, stages, len(above))
+            if own is None or self._farthest and stage < min(self._window, stages) - 1:
                 return 0.0
-            return layers * sum(above) / max(1, len(above)) + weights[-1]
+            return min(own.count, len(above)) * sum(above) / max(1, len(above)) + weights[-1]
 
         return weight
 

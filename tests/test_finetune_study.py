@@ -11,7 +11,9 @@ import pytest
 from tiny_lm import TEXT, save_tiny
 
 import finetune_study
+from ds_decoupled.config import parse_block
 from ds_decoupled.errors import ConfigError
+from ds_decoupled.settings import read_json
 from studies.finetune_report import differing, lines_of, tables
 from studies.finetune_settings import FinetuneSetting, FinetuneStudy, check, settings_of
 
@@ -79,6 +81,7 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 @pytest.mark.parametrize("method", ["dgl", "overlapping"])
 def test_shipped(method: str) -> None:
     """What the study takes by default is what the shipped files say: heads that are taught."""
-    setting = FinetuneSetting(method, 4, finetune_study.shipped_block(method))
-    [block] = check([setting], STUDY)
-    assert str(block.head).startswith("lens") and block.head_teaching is not None
+    shipped = parse_block(read_json(str(Path(__file__).parent.parent / "ds_configs" / f"{method}_lm.json")))
+    assert shipped is not None and isinstance(shipped.stages, int) and shipped.head_teaching is not None
+    [block] = check([FinetuneSetting(method, shipped.stages, finetune_study.shipped_block(method))], STUDY)
+    assert block == shipped

@@ -13,6 +13,7 @@ from torch import nn
 from ds_decoupled.errors import ConfigError
 from ds_decoupled.nn.auglocal import AUGLOCAL, auglocal_depth, depth_of, picked
 from ds_decoupled.nn.heads import (
+    LAST_LAYER,
     SHARED,
     HeadBuilder,
     SharedReadout,
@@ -38,7 +39,7 @@ class WholeModel:
     """
 
     layers: Sequence[Any]
-    bounds: Sequence[int] = ()
+    bounds: Sequence[int]
     forms: Sequence[Form] = ()
 
 
@@ -61,24 +62,23 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
         ConfigError: if there is no such head, it cannot be built from the shape, or does not run on what the stage gives.
     """
     chosen = name if name is not None else {2: "mlp", 3: "lm"}.get(as_tuple(outputs)[0].dim(), "mlp-sr")
-    copied, blocks, depth, lens = copied_layers(chosen), shared_blocks(chosen), auglocal_depth(chosen), lens_depth(chosen)
-    layers = model.layers
+    own = own_layers(chosen, stage, len(model.bounds) - 1, len(model.layers) - 1 - model.bounds[stage + 1])
     with seeded(mix(seed, 0x68656164, stage)):  # "head"
-        if blocks is not None:
-            own = [_copy_of(layer, chosen) for layer in _last(layers, blocks + 1, chosen)[:-1]]
-            head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
-        elif depth is not None:
-            falling = depth_of(stage, len(model.bounds) - 1, depth)
-            own = [*_picked_layers(model, stage, falling, AUGLOCAL), _copy_of(layers[-1], AUGLOCAL)]
-            head = StageHead(nn.Sequential(*own), takes_all=True)
-        elif lens is not None:
-            own = [Translator(outputs), *_lens_layers(model, stage, lens)]
-            head = StageHead(nn.Sequential(*own, readout or make_readout(layers, like, device)), takes_all=True)
-        elif copied:
-            copies = [_copy_of(layer, chosen) for layer in _last(layers, copied, chosen)]
-            head = StageHead(nn.Sequential(*copies) if copied > 1 else copies[0], takes_all=True)
-        else:
+        if own is None:
             head = build_head(chosen, outputs, count)
+        else:
+            layers: list[nn.Module] = [Translator(outputs)] if own.kind == LENS else []
+            if own.kind in (LENS, AUGLOCAL):
+                layers += _picked_layers(model, stage, own.count, own.kind)
+            else:
+                layers += [_copy_of(layer, chosen) for layer in _last(model.layers, own.count + 1, chosen)[:-1]]
+            if own.ends_in_readout:
+                layers.append(readout or make_readout(model.layers, like, device))
+            else:
+                layers.append(_copy_of(model.layers[-1], chosen))
+            # One copy by itself is no sequence, and its weights are named so in checkpoints.
+            alone = own == OwnLayers(LAST_LAYER, 0)
+            head = StageHead(layers[0] if alone else nn.Sequential(*layers), takes_all=True)
     for parameter in head.parameters():
         parameter.use_muon = False  # type: ignore[attr-defined]  # DeepSpeed's Muon asks every parameter
     _place(head, like, device)
@@ -92,24 +92,42 @@ def make_head(name: str | HeadBuilder | None, outputs: Tensors, count: int, seed
     return head.train()
 
 
-def layers_in_head(name: str | HeadBuilder | None, stage: int, stages: int, above: int) -> int | None:
-    """Of how many of the model's layers the head of a stage is made, its last layer beside them not counted.
+@dataclass(frozen=True)
+class OwnLayers:
+    """What a head has of the model's own layers, beside the last one.
+
+    Attributes:
+        kind: :data:`LAST_LAYER`, :data:`SHARED`, :data:`AUGLOCAL` or :data:`LENS`.
+        count: of them.
+    """
+
+    kind: str
+    count: int
+
+    @property
+    def ends_in_readout(self) -> bool:
+        """Whether the last layer is read-only in it, and one for all heads of a rank."""
+        return self.kind in (SHARED, LENS)
+
+
+def own_layers(name: str | HeadBuilder | None, stage: int, stages: int, above: int) -> OwnLayers | None:
+    """What the head of a stage has of the model's own layers; None for one that has none of them, and is small.
 
     Args:
         name: as for :func:`make_head`.
         stage: its number.
         stages: J.
         above: layers between the stage and the model's last one.
-
-    Returns:
-        None for a head that is not made of the model's layers, and is small.
     """
-    copied, blocks, depth, lens = copied_layers(name or ""), shared_blocks(name), auglocal_depth(name), lens_depth(name)
-    if depth is not None:
-        depth = depth_of(stage, stages, depth)
-    lens = None if lens is None else lens_blocks(lens, above)
-    found = next((count for count in (depth, lens, blocks, copied - 1 if copied else None) if count is not None), None)
-    return None if found is None else min(found, above)
+    if copied := copied_layers(name or ""):
+        return OwnLayers(LAST_LAYER, copied - 1)
+    if (blocks := shared_blocks(name)) is not None:
+        return OwnLayers(SHARED, blocks)
+    if (depth := auglocal_depth(name)) is not None:
+        return OwnLayers(AUGLOCAL, depth_of(stage, stages, depth))
+    if (lens := lens_depth(name)) is not None:
+        return OwnLayers(LENS, lens_blocks(lens, above))
+    return None
 
 
 def make_readout(layers: Sequence[Any], like: nn.Parameter | None, device: torch.device) -> SharedReadout:
@@ -129,13 +147,10 @@ def _last(layers: Sequence[Any], count: int, name: Any) -> Sequence[Any]:
     return layers[-count:]
 
 
-def _lens_layers(model: WholeModel, stage: int, depth: int | float) -> list[nn.Module]:
-    blocks = lens_blocks(depth, len(model.layers) - 1 - model.bounds[stage + 1]) if depth else 0
-    return _picked_layers(model, stage, blocks, LENS) if blocks else []
-
-
 def _picked_layers(model: WholeModel, stage: int, depth: int, name: str) -> list[nn.Module]:
     """Copies of so many layers below the model's last one, those that AugLocal's rule picks for ``stage``."""
+    if not depth:
+        return []
     body = model.layers[:-1]
     changes = [before != after for before, after in zip((None, *model.forms), model.forms[:-1])]
     which = picked([_kind(layer) for layer in body], changes, model.bounds[stage + 1], depth)
