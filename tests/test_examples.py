@@ -120,8 +120,8 @@ def test_files_of_one_kind(tmp_path: Path) -> None:
         read_data(str(tmp_path))
 
 
-@pytest.mark.parametrize("options", [[], ["--packing"]])
-def test_fine_tuned(options: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options, epochs", [([], 4), (["--packing"], 12.5)])
+def test_fine_tuned(options: list[str], epochs: float, tmp_path: Path) -> None:
     """The loss is that of the completions alone, and falls; two ranks."""
     from transformers import AutoModelForCausalLM
 
@@ -130,9 +130,10 @@ def test_fine_tuned(options: list[str], tmp_path: Path) -> None:
     train.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) for i in range(40)))
     held.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) for i in range(40, 48)))
     results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "delayed"), "--model", model, "--data",
-                  train, "--validation", held, "--max_length", "24", "--micro_batches", "40", "--evaluations", "2", "--sample",
+                  train, "--validation", held, "--max_length", "24", "--epochs", str(epochs), "--evaluations", "2", "--sample",
                   "4", *options, ranks=2)
     assert results["validation_loss"] < results["validation_loss_before"] - 1
+    assert results["epochs"] == pytest.approx(epochs, rel=0.05)
     if not options:
         original, losses = AutoModelForCausalLM.from_pretrained(model).eval(), []
         for i in range(40, 48):

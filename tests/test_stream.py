@@ -128,6 +128,9 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(worlds.RankFailed, match="Give --validation"):
         run("train_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "petra"), "--data", texts(tmp_path / "c.jsonl"),
             "--streaming", "--sample", "0")
+    with pytest.raises(worlds.RankFailed, match="Give --micro_batches"):
+        run("train_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "petra"), "--data", texts(tmp_path / "c.jsonl"),
+            "--validation", texts(tmp_path / "d.jsonl"), "--streaming", "--sample", "0", "--epochs", "1")
     with pytest.raises(worlds.RankFailed, match="Leave it out, or give --streaming"):
         run("train_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "petra"), "--data", texts(tmp_path / "c.jsonl"),
             "--buffer_size", "4", "--sample", "0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str | None, sequence
                         help="learn completions and what the assistant says alone (default: true)")
     parser.add_argument("--sequence_length", "--max_length", type=whole(1), default=sequence_length,
                         help="tokens (default: %(default)s)")
-    parser.add_argument("--micro_batches", type=whole(1), default=micro_batches,
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--micro_batches", type=whole(1), default=micro_batches,
                         help="to train on, per replica (default: %(default)s)")
+    length.add_argument("--epochs", "--num_train_epochs", type=number(0, above=True), help="over the data, in whole updates")
     parser.add_argument("--lr", type=number(0), help=f"peak (default: the JSON's, else {lr:g})")
     parser.add_argument("--warmup", type=number(0, 1), help=f"share of all updates (default: {WARMUP})")
     parser.add_argument("--evaluations", type=whole(1, 1_000_000),
@@ -90,6 +93,30 @@ def ends_of(updates: int, evaluations: int | None, eval_steps: int | None) -> li
     return [updates * (i + 1) // stretches for i in range(stretches)]
 
 
+def updates_of(args: argparse.Namespace, setup: Setup, windows: float = math.nan) -> int:
+    """How many updates the run makes.
+
+    Args:
+        windows: of an epoch; nan where nobody knows.
+
+    Raises:
+        ConfigError: if there are none, or fewer than other settings need.
+    """
+    if args.epochs is not None:
+        if math.isnan(windows):
+            raise ConfigError("--epochs", args.epochs, "with --streaming nobody knows how many rows there are",
+                              "Give --micro_batches")
+        updates = max(1, round(args.epochs * windows / setup.update_samples))
+    else:
+        updates = args.micro_batches // setup.k
+        if updates < 1:
+            raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
+    if args.evaluations is not None and args.evaluations > updates:
+        raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
+    setup.check_taught(updates)
+    return updates
+
+
 def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: Tokenizer, *, lr: float, name: str,
         title: str, test_first: bool = False, **facts: Any) -> Any:
     """Train ``layers`` on the text that ``args`` names, report, and return the engine; a collective call.
@@ -104,16 +131,15 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
     if args.sample == 0:
         refuse_unused(args, ["temperature"], "with --sample 0 no text is drawn")
     micro_batch, sequence = setup.micro_batch, args.sequence_length
-    updates = args.micro_batches // setup.k
-    if updates < 1:
-        raise ConfigError("--micro_batches", args.micro_batches, f"an update takes k = {setup.k}", "Give more")
-    if args.evaluations is not None and args.evaluations > updates:
-        raise ConfigError("--evaluations", args.evaluations, f"the run makes {updates} updates", "Take fewer")
     if args.eval_steps is not None:
         refuse_unused(args, ["evaluations"], "--eval_steps says when to validate", "Leave one of them out")
-    setup.check_taught(updates)
-
+    if args.epochs is None:  # what is wrong is said before all is read
+        updates = updates_of(args, setup)
     corpus = together((lambda: read_corpus(args, tokenizer)) if setup.holds_data else None)
+    tokens_of_epoch = from_rank(0, 0 if corpus is None else corpus.tokens)
+    if args.epochs is not None:
+        updates = updates_of(args, setup, tokens_of_epoch / sequence)
+        args.micro_batches = updates * setup.k  # as the summary has it
     loader = None if corpus is None else loader_of(args, setup, corpus)
     set_peak_lr(setup.config, args.lr, rule=lr)
     warmup = WARMUP if args.warmup is None else args.warmup
@@ -148,7 +174,7 @@ def run(args: argparse.Namespace, setup: Setup, layers: list[Any], tokenizer: To
         args, setup, engine, trained,
         **facts,
         data=args.data,
-        epochs=tokens[-1] / from_rank(0, 0 if corpus is None else corpus.tokens),
+        epochs=tokens[-1] / tokens_of_epoch,
         **before,
         validation_loss=trained.score,
         perplexity=perplexity(trained.score),
