@@ -84,6 +84,8 @@ def test_new_model_of_transformers(tmp_path: Path, text: Path) -> None:
     results = run("train_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "delayed"), "--data", text, *SHORT,
                   "--model", config, "--output", output, ranks=2)
     assert results["stages"] == 4 and not results["reversible"] and results["validation_loss"] < 5.2
+    by_rank = results["peak_memory_bytes_by_rank"]
+    assert len(by_rank) == 2 and max(by_rank) == results["peak_memory_bytes"]
     model = AutoModelForCausalLM.from_pretrained(output).eval()
     assert validation_loss(model, list(text.read_bytes()), 16, 4, 5) == pytest.approx(results["validation_loss"], rel=1e-4)
 

@@ -26,13 +26,15 @@ def summarize(args: argparse.Namespace, setup: Setup, engine: Any, trained: Trai
     numbers = engine.decoupled_summary()
     bytes_sent = numbers.pop("bytes_sent", None)
     samples = trained.updates * setup.update_samples
+    memory = gather(peak_memory_bytes())
     return numbers | {
         "pipe_ranks": setup.pipe_ranks,
         "replicas": setup.replicas,
         "seed": args.seed,
         "train_loss": trained.progress.train_loss[-1],
         "samples_per_second": samples / trained.seconds if trained.seconds else math.nan,
-        "peak_memory_bytes": max(gather(peak_memory_bytes())),
+        "peak_memory_bytes": max(memory),
+        "peak_memory_bytes_by_rank": memory,
         "bytes_sent_per_sample": None if bytes_sent is None or not samples else bytes_sent / samples,
         **facts,
         "config": setup.config,
