@@ -7,6 +7,13 @@
 
 A message for which there is no room is dropped and counted: by the ring, which loses its oldest, or by the sender, where the
 receiver's whole process stands still.
+
+With a cap on the uses of a message a rank may run out of them while the rank below waits for it, in a call of all ranks. So **a
+rank's n-th call needs nothing beyond the n-th call of the rank below**: once that is over, a call that finds nothing more is
+over too. Who runs out asks::
+
+    rank r-1  <--["call n?"]--  rank r
+              --["n are over"]-->          behind all that was sent in them
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +38,25 @@ from ds_decoupled.schedules import Action
 from ds_decoupled.schedules.replay import Replay
 
 
+@dataclass(frozen=True)
+class NoInput:
+    """There is nothing to use.
+
+    Attributes:
+        reason: why.
+        for_good: whether nothing will come, or only nothing in this call.
+    """
+
+    reason: str
+    for_good: bool = True
+
+
 class FreeNetwork(Network):
     """Links of ranks that run free.
 
     Attributes:
         changed: is told of whatever comes.
+        idle: micro-batches for which there was nothing to use.
     """
 
     # Threads of the host wait for messages, and a receive of NCCL would hold processors of the device as long.
@@ -41,6 +64,10 @@ class FreeNetwork(Network):
 
     def __init__(self, grid: Any, *args: Any, **kwargs: Any) -> None:
         self.changed = threading.Condition()
+        self.idle = 0
+        self._calls, self._below_calls = 0, 0  # that are over, here and below; they never count back
+        self._ahead = 0  # calls that the rank below had ended more than this one, when both were last in a call of all ranks
+        self._asked: int | None = None  # the call that the rank above would like to hear of
         super().__init__(grid, *args, **kwargs)
         self._below = receiver if isinstance(receiver := self._forward.receiver, FreeReceiver) else None
         self._above = receiver if isinstance(receiver := self._backward.receiver, FreeReceiver) else None
@@ -65,15 +92,16 @@ class FreeNetwork(Network):
         # Nothing goes down but what is said of a rank.
         deliver = self.rings[self.bottom].send if name == "forward" and self.bottom in self.rings else _nothing
         codecs, writer = self.coding.receiver(name), self.coding.sender(name)
+        heard = self._below_told if name == "forward" else self._above_asks
         return Channel(
             None if before is None else FreeReceiver(before, group, self.device, codecs, deliver, self.changed,
-                                                     self._keeps_codes(name, codecs)),
+                                                     self._keeps_codes(name, codecs), heard),
             None if after is None else FreeSender(after, group, self.device, writer.codecs, self.timeout, queue, writer.seed))
 
     # -- what a runner asks ------------------------------------------------------------------------------------------------
 
-    def wait_for_input(self) -> str | None:
-        """Wait until the bottom stage has something to use. Returns why nothing will come, where that is so.
+    def wait_for_input(self) -> NoInput | None:
+        """Wait until the bottom stage has something to use. Returns why there is nothing, where that is so.
 
         Raises:
             LinkError: if nothing comes within the setting's time, or a neighbour is gone; :class:`PeerError` if one failed.
@@ -81,22 +109,62 @@ class FreeNetwork(Network):
         ring, below = self.rings.get(self.bottom), self._below
         if ring is None or below is None:
             return None
+        call = self._calls + 1 + self._ahead
 
-        def over() -> str | None:
+        def over() -> NoInput | None:
             if ring.order.can_draw:
                 return None
             if below.left:
-                return "the rank below has left"
-            return None if below.data_end is None else "the data ended"
+                return NoInput("the rank below has left")
+            if below.data_end is not None:
+                return NoInput("the data ended")
+            return NoInput("the rank below has made this call", for_good=False) if self._below_calls >= call else None
+
+        def settled() -> bool:
+            return ring.order.can_draw or over() is not None or self._failure() is not None
 
         with self.changed:
-            came = self.changed.wait_for(lambda: ring.order.can_draw or over() is not None or self._failure() is not None,
-                                         self.timeout)
+            if settled():
+                self.check()
+                return over()
+        question = self._backward.sender
+        if isinstance(question, FreeSender):
+            self._peers.saying(below, lambda: question.send_call(call))
+        with self.changed:
+            came = self.changed.wait_for(settled, self.timeout)
             self.check()
             if not came:
                 waiting = self.waiting(self.bottom, self.bottom - 1, "an activation", ring.order.newest + 1)
                 raise LinkError(f"{waiting}: nothing came within {self.timeout:g} s")
             return over()
+
+    def call_over(self) -> None:
+        """This rank has made a call; the rank above may be waiting to hear so."""
+        with self.changed:
+            self._calls += 1
+            asked = self._asked is not None and self._calls >= self._asked
+        if asked:
+            self._answer()
+
+    def _above_asks(self, call: int) -> None:
+        with self.changed:
+            over = self._calls >= call
+            self._asked = None if over else call
+        if over:
+            with suppress(LinkError):  # a rank above that is gone is noticed by whoever listens to it: this thread
+                self._answer()
+
+    def _answer(self) -> None:
+        sender = self._forward.sender
+        if isinstance(sender, FreeSender):
+            with self.changed:
+                self._asked, calls = None, self._calls
+            self._saying(lambda: sender.send_call(calls))
+
+    def _below_told(self, calls: int) -> None:
+        with self.changed:
+            self._below_calls = max(self._below_calls, calls)
+            self.changed.notify_all()
 
     def agree_replicas(self, error: Exception | None) -> Exception | None:
         """``error``, or why another replica has nothing more to do. A collective call of replicas, which step together."""
@@ -140,8 +208,10 @@ class FreeNetwork(Network):
                     raise LinkError(f"pipe rank {self.rank} was waiting for pipe rank {self.rank - 1} to finish, which took "
                                     f"more than {self.timeout:g} s")
                 below.marks -= bool(below.marks)
+                self._ahead = self._below_calls - self._calls
         before()
         if isinstance(sender, FreeSender):
+            self._answer()
             self._saying(sender.send_mark)
 
     # -- as other networks -------------------------------------------------------------------------------------------------
@@ -192,6 +262,8 @@ class FreeNetwork(Network):
 
     def report(self, k: int) -> dict[str, Any]:
         found = super().report(k)
+        if self.bottom in found["rings"]:
+            found["rings"][self.bottom]["idle"] = self.idle
         sender = self._forward.sender
         return {**found, "unsent": sender.dropped if isinstance(sender, FreeSender) else 0}
 

@@ -70,6 +70,21 @@ def test_slow_down() -> None:
     assert results[1]["seconds"] > 2 * results[0]["seconds"]
 
 
+@pytest.mark.parametrize(("ranks", "slow"), [(2, 1), (3, 1), (3, 2)])
+def test_a_cap_ends_no_run(ranks: int, slow: int) -> None:
+    """A rank that slept while its ring was overwritten has less to use than calls to make; the ranks below, which have made
+    theirs, wait for it in the next call of all ranks."""
+    results = worlds.run(ranks, free_cases.train, case_of({"size": 2, "cap": 1}, sleep=(slow, 1.5), timeout=20))
+    by_rank = {result["rank"]: result for result in results}
+    assert max(int(n) for result in results for uses in result["rings"].values() for n in uses) == 1
+    rings = results[0]["summary"]["replay"]
+    lowest = [min(result["turns"]) for _, result in sorted(by_rank.items())]
+    for rank in range(ranks):
+        idle = rings[lowest[rank] - 1]["idle"] if rank else 0
+        assert by_rank[rank]["before"]["turns"][lowest[rank]] == BASE["calls"] - idle
+    assert rings[lowest[slow] - 1]["idle"] > 0
+
+
 def test_in_the_middle(tmp_path: Path) -> None:
     """Behind a checkpoint is what was there, also where rank 0 has loaded and sends before rank 1 has loaded its ring."""
     below, above = worlds.run(2, free_cases.in_the_middle, case_of(), str(tmp_path))

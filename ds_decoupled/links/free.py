@@ -1,8 +1,9 @@
 """A link between two ranks that keep no step with each other: what comes is taken in at once, whatever this rank is doing.
 
 A thread takes in message after message, so that the sender's buffers are let go and it never has to wait; what is too much
-falls out of the ring. Beside messages three things are said on such a link: that the data ended (as on every link), a *mark*
-behind all that was sent before it, and a *farewell* behind which nothing comes.
+falls out of the ring. Beside messages four things are said on such a link: that the data ended (as on every link), a *mark*
+behind all that was sent before it, a *farewell* behind which nothing comes, and the number of a *call*: upwards, how many the
+sender has ended; downwards, which one it would like to hear of.
 
 Between two ranks there is a link each way. Each side says farewell once, when it leaves or in answer to the other's, and takes
 in until it hears the other's: so no receive is left unanswered, and no message untaken. A thread that Python ends while it
@@ -32,6 +33,8 @@ from ds_decoupled.schedules.replay import Replay
 
 #: In place of a micro-batch's number, where other links have the end of the data.
 _MARK, _FAREWELL = -2, -3
+#: And the number of a call, n as this less n.
+_CALL = -4
 
 #: A neighbour may be silent for as long as it likes.
 _FOREVER = 365 * 86_400.0
@@ -102,6 +105,10 @@ class FreeSender(RemoteSender):
         """Say that all that was sent before is before this."""
         self._send(Message(_MARK, ()))
 
+    def send_call(self, call: int) -> None:
+        """Tell the number of a call."""
+        self._send(Message(_CALL - call, ()))
+
     @contextmanager
     def staying(self) -> Iterator[bool]:
         """Within, farewell is not said; gives whether it was not yet."""
@@ -131,6 +138,7 @@ class FreeReceiver(RemoteReceiver):
         deliver: is given every message, in the thread.
         changed: guards what is known of the sender, and is told of every change.
         packed: whether messages are delivered in their wire form.
+        heard: is given the number of a call that was told, in the thread.
 
     Attributes:
         data_end: the first micro-batch that will not come, once the sender has said so; until :meth:`restart`.
@@ -141,9 +149,9 @@ class FreeReceiver(RemoteReceiver):
     """
 
     def __init__(self, peer: int, group: Any, device: torch.device, codecs: Codecs, deliver: Callable[[Message | Packed], None],
-                 changed: threading.Condition, packed: bool = False) -> None:
+                 changed: threading.Condition, packed: bool = False, heard: Callable[[int], None] = lambda call: None) -> None:
         super().__init__(peer, group, device, codecs, _FOREVER, packed)
-        self.deliver, self.changed = deliver, changed
+        self.deliver, self.changed, self.heard = deliver, changed, heard
         self._place = dist.get_group_rank(group, peer)
         self._answer: Callable[[], None] = lambda: None
         self.data_end: int | None = None
@@ -195,9 +203,11 @@ class FreeReceiver(RemoteReceiver):
                 self.marks += 1
             elif end == _FAREWELL:
                 self.left = True
-            else:
+            elif end >= 0:
                 self.data_end, self.data_failed = end, reason
             self.changed.notify_all()
+        if end <= _CALL:
+            self.heard(_CALL - end)
 
     def _failed(self, error: LinkError) -> None:
         with self.changed:

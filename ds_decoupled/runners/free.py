@@ -1,8 +1,8 @@
 """Pace ``free``: every rank goes through its own turns as fast as it can, and waits for no other.
 
 The bottom stage of a rank uses whatever its replay ring says is next; stages above it on the same rank use what has just come
-up. A call of ``train_batch`` is over when this rank has done its own k micro-batches. :mod:`ds_decoupled.runners.simulated` is
-the same on a virtual clock.
+up. A call of ``train_batch`` is over when this rank has done its own k micro-batches, or found nothing more to use once the
+rank below had made the call too. :mod:`ds_decoupled.runners.simulated` is the same on a virtual clock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ds_decoupled.collectives import gather
 from ds_decoupled.errors import ConfigError
-from ds_decoupled.free_network import FreeNetwork
+from ds_decoupled.free_network import FreeNetwork, NoInput
 from ds_decoupled.links import Message
 from ds_decoupled.passes import as_in_evaluation
 from ds_decoupled.runners.runner import DataEnd, Runner
@@ -50,10 +50,15 @@ class FreeRunner(Runner):
             if error is not None:
                 self.data_ended(DataEnd(self.sent[self.bottom], None if isinstance(error, StopIteration) else error))
                 return self.end
-            for _ in range(self.plan.k):
-                if not self._round():
+            for made in range(self.plan.k):
+                if (nothing := self._round()) is None:
+                    continue
+                if nothing.for_good:
                     self.data_ended(DataEnd(self.sent[self.bottom]))
-                    break
+                else:
+                    self.network.idle += self.plan.k - made
+                break
+            self.network.call_over()
         return self.end
 
     def drain(self) -> None:
@@ -77,25 +82,25 @@ class FreeRunner(Runner):
             for number, parts in enumerate(fetched, self.sent[0]):
                 self.network.feed(number, parts)
             return None
-        over = self.network.wait_for_input()
+        nothing = self.network.wait_for_input()
         ended = self.network.data_ended
         error: Exception | None = None
         if ended is not None:
             error = ended[1] or StopIteration(f"the data ended before micro-batch {ended[0]}")
-        elif over is not None:
-            error = StopIteration(over)
+        elif nothing is not None and nothing.for_good:
+            error = StopIteration(nothing.reason)
         return self.network.agree_replicas(error)
 
-    def _round(self) -> bool:
-        """A turn of every stage, from the bottom; False where nothing came for it, and nothing will."""
-        if self.network.wait_for_input() is not None:
-            return False
+    def _round(self) -> NoInput | None:
+        """A turn of every stage, from the bottom; or why there is nothing for it."""
+        if (nothing := self.network.wait_for_input()) is not None:
+            return nothing
         for stage in self.workers:
             started = time.perf_counter()
             self._turn(stage)
             if self.pace.clock.slow_down is not None:
                 time.sleep((self.pace.clock.slow_down[stage] - 1) * (time.perf_counter() - started))
-        return True
+        return None
 
     def _turn(self, stage: int) -> None:
         number = self.sent[stage]
