@@ -95,25 +95,25 @@ def draw(runs: Runs, path: Path) -> None:
         label = f"{name[0]} {differing(name[1], [block for method, block in names if method == name[0]])}".strip()
         if name[0] not in ("backprop", BARE):
             places = [line.setting.stages for line in own]
-            shares.plot(places, [fmean(line.shares) for line in own], "-", marker="o", color=colours[name], label=label)
+            shares.plot(places, [fmean(line.shares) for line in own], "-", marker="o", color=colours[name])
             for line in own:
                 shares.plot([line.setting.stages] * len(line.shares), line.shares, ".", color=colours[name], alpha=0.4)
         memory.plot([line.mean("peak_memory_bytes") / 2**30 for line in own], [fmean(line.shares) for line in own], "o",
                     color=colours[name], label=label)
         for line in own:
-            curves, stages = line.runs[0]["curves"], "" if name[0] in ("backprop", BARE) else f", J = {line.setting.stages}"
+            curves = line.runs[0]["curves"]
             for panel, along in ((updates, "updates"), (time, "seconds")):
                 panel.plot(curves[along], curves["validation_loss"], marker=".", color=colours[name],
-                           linestyle="-" if line.setting.stages < 3 else "--", label=f"{label}{stages}")
+                           linestyle="-" if line.setting.stages < 3 else "--")
     shares.axhline(1, color="grey", linewidth=0.8)
     shares.set_xticks(sorted({line.setting.stages for line in lines if line.setting.method not in ("backprop", BARE)}))
     shares.set(xlabel="stages", ylabel="gain / backpropagation's gain", title="after equal tokens; a dot a seed")
     memory.set(xlabel="peak memory of one rank that has all stages, GiB", ylabel="gain / backpropagation's gain",
                title="against memory; the mean of the seeds")
-    updates.set(xlabel="updates", ylabel="validation loss, nats", title="lessons of heads counted; first seed")
+    updates.set(xlabel="updates", ylabel="validation loss, nats", title="lessons counted; first seed; dashed: 3 stages or more")
     time.set(xlabel="seconds of one rank that has all stages", title="the same, against time")
     for panel in (shares, memory, updates, time):
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+    figure.legend(loc="outside lower center", fontsize=8)  # one for all panels: names are long, and would lie on the curves
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
