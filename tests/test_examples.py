@@ -120,23 +120,23 @@ def test_files_of_one_kind(tmp_path: Path) -> None:
         read_data(str(tmp_path))
 
 
-@pytest.mark.parametrize("options, epochs", [([], 4), (["--packing"], 12.5)])
-def test_fine_tuned(options: list[str], epochs: float, tmp_path: Path) -> None:
-    """The loss is that of the completions alone, and falls; two ranks."""
+@pytest.mark.parametrize("method, options, epochs", [("delayed", [], 4), ("delayed", ["--packing"], 12.5), ("backprop", [], 4)])
+def test_fine_tuned(method: str, options: list[str], epochs: float, tmp_path: Path) -> None:
+    """The loss is that of the completions alone, of all rows though they make no whole micro-batches, and falls; two ranks."""
     from transformers import AutoModelForCausalLM
 
     model = save_tiny(tmp_path / "llama")
     train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
     train.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) for i in range(40)))
-    held.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) for i in range(40, 48)))
-    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, "delayed"), "--model", model, "--data",
+    held.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) for i in range(40, 50)))
+    results = run("finetune_lm", tmp_path, "--deepspeed_config", config_file(tmp_path, method), "--model", model, "--data",
                   train, "--validation", held, "--max_length", "24", "--epochs", str(epochs), "--evaluations", "2", "--sample",
                   "4", *options, ranks=2)
     assert results["validation_loss"] < results["validation_loss_before"] - 1
     assert results["epochs"] == pytest.approx(epochs, rel=0.05)
     if not options:
         original, losses = AutoModelForCausalLM.from_pretrained(model).eval(), []
-        for i in range(40, 48):
+        for i in range(40, 50):
             prompt, completion = f"{i} + {i} =".encode(), f" {2 * i}\n".encode()
             ids = torch.tensor([list(prompt + completion)])
             with torch.no_grad():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.examples import NOT_ASKED, Instructions
 from data.stream import Stream
-from data.windows import Corpus
+from data.windows import Batch, Corpus
 from ds_decoupled.collectives import from_rank
 from ds_decoupled.flushed import FlushedPipelineEngine
 from run.evaluation import evaluate
@@ -21,7 +21,7 @@ def validate(engine: Any, corpus: Corpus | Instructions | Stream | None, micro_b
     """Mean loss per token over the validation text, in nats, on every rank and to DeepSpeed's monitor; a collective call."""
     batches = None if corpus is None else corpus.tests(micro_batch, sequence, limit)
     if batches and isinstance(engine, FlushedPipelineEngine):  # DeepSpeed's own engine cannot take a smaller last one
-        batches = [batch for batch in batches if len(batch[0]) == micro_batch] or batches
+        batches = [_filled(batch, micro_batch) for batch in batches]
     count = from_rank(0, 0 if batches is None else len(batches))
     losses = evaluate(engine, None if batches is None else iter(batches), count)
     value = math.nan
@@ -32,6 +32,14 @@ def validate(engine: Any, corpus: Corpus | Instructions | Stream | None, micro_b
     if dist.get_rank() == 0 and engine.monitor.enabled:
         engine.monitor.write_events([("Train/Samples/eval_loss", value, engine.global_samples)])
     return value
+
+
+def _filled(batch: Batch, micro_batch: int) -> Batch:
+    """``batch`` with as many rows as ``micro_batch``, those behind it asked for nothing."""
+    inputs, targets = batch
+    more = micro_batch - len(inputs)
+    return (torch.cat([inputs, inputs.new_zeros(more, inputs.shape[1])]),
+            torch.cat([targets, targets.new_full((more, targets.shape[1]), NOT_ASKED)]))
 
 
 def generate(engine: Any, prompt: list[int], length: int, *, window: int, vocab_size: int, temperature: float,
