@@ -31,6 +31,7 @@ from ds_decoupled.construction import ConstructedEngine
 from ds_decoupled.errors import PeerError, one_line
 from ds_decoupled.evaluation import evaluate
 from ds_decoupled.stages.autocast import refuse_ambient
+from ds_decoupled.stages.means import mean_by_name
 from ds_decoupled.summary import summarize
 from ds_decoupled.watchers import Watcher
 
@@ -252,11 +253,11 @@ class DecoupledPipelineEngine(ConstructedEngine):
                                load_lr_scheduler_states, load_module_only)
 
     def stage_metrics(self) -> list[dict[str, float]]:
-        """Each stage's mean loss and accuracy since the last call, by its own head; all ranks must call it. With a global
-        gradient only the last stage has a loss, and the list is empty."""
-        found = {s: metrics for part in gather({s: stage.take_metrics() for s, stage in self.stages.items()})
-                 for s, metrics in part.items()}
-        return [metrics for _, metrics in sorted(found.items()) if metrics is not None]
+        """Each stage's mean loss and accuracy since the last call, by its own head, over all replicas; all ranks must call it.
+        With a global gradient only the last stage has a loss, and the list is empty."""
+        parts = gather({s: stage.take_metrics() for s, stage in self.stages.items()})
+        return [metrics for s in range(self.placement.stages)
+                if (metrics := mean_by_name([part[s] for part in parts if s in part])) is not None]
 
     def decoupled_summary(self) -> dict[str, Any]:
         """What the run did, over all ranks (all must call it): delays, records, bytes and messages sent, tracked gradients."""

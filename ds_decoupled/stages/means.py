@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
+
+
+def mean_by_name(found: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """Of several, by name, each over those that have it; None where there is nothing but None.
+
+    >>> mean_by_name([{"loss": 1.0}, {"loss": 3.0, "accuracy": 0.5}, None]), mean_by_name([None])
+    ({'loss': 2.0, 'accuracy': 0.5}, None)
+    """
+    known = [one for one in found if one is not None]
+    names = dict.fromkeys(name for one in known for name in one)
+    return {name: fmean(one[name] for one in known if name in one) for name in names} if known else None
 
 
 class Means:

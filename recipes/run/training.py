@@ -136,6 +136,8 @@ def train(args: argparse.Namespace, setup: Setup, engine: Any, loader: Loader | 
         took = time.perf_counter() - start
         seconds += took
         metrics = engine.stage_metrics()
+        if metrics and "loss" in metrics[-1]:  # the model's own; what this rank told is the loss of its topmost stage's head
+            loss = metrics[-1]["loss"]
         tested = not last and number % test_every == 0
         progress.add(end, loss, best.scored(test()) if tested else math.nan, metrics, took)
         if tested:
