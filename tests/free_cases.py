@@ -99,21 +99,40 @@ def _slow_to_load(ring: Any) -> None:
 def data_that_end(case: dict[str, Any]) -> dict[str, Any]:
     """Every rank trains until it learns of the end; then all drain, and go on with new data."""
     engine = engine_cases.build(case)
-    data = None if engine.stage_id else islice(endless(engine), 7)  # type: ignore[arg-type]
-    calls, told = 0, ""
-    while not told:
-        try:
-            engine.train_batch(data)
-            calls += 1
-        except StopIteration as end:
-            told = str(end)
+    calls, told = _until_the_end(engine, 7)
     engine.drain()
     seen = counts(engine)
+    dist.barrier()  # nobody goes on before all have counted
     fresh = endless(engine)
     for _ in range(3):
         engine.train_batch(fresh)
     engine.drain()
     return _leaving(engine, {"calls": calls, "told": told, "seen": seen, "after": counts(engine), "replica": 0})
+
+
+def _until_the_end(engine: Any, batches: int) -> tuple[int, str]:
+    """Calls, and what the last one raised."""
+    data = None if engine.stage_id else islice(endless(engine), batches)  # type: ignore[arg-type]
+    for calls in range(10**9):
+        try:
+            engine.train_batch(data)
+        except StopIteration as end:
+            return calls, str(end)
+    raise AssertionError
+
+
+def end_again(case: dict[str, Any]) -> list[str]:
+    """New data end as soon as rank 0 has drained, while the others are slow to."""
+    engine = engine_cases.build(case)
+    told = [_until_the_end(engine, 3)[1]]
+    if engine.stage_id:
+        use_up = engine.runner._use_up
+        engine.runner._use_up = lambda: (time.sleep(0.5), use_up())
+    engine.drain()
+    told.append(_until_the_end(engine, 2)[1])
+    engine.drain()
+    engine.network.leave()
+    return told
 
 
 def leave_early(case: dict[str, Any], folder: str) -> dict[str, Any]:

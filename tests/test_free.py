@@ -108,6 +108,12 @@ def test_data_that_end(ranks: int) -> None:
         assert all(n >= result["seen"]["turns"][s] + 3 for s, n in result["after"]["turns"].items())
 
 
+def test_data_that_end_again() -> None:
+    """What rank 0 says behind a drain is not taken for something of before it, however long others take."""
+    for told in worlds.run(2, free_cases.end_again, case_of(timeout=15)):
+        assert len(told) == 2 and all("the data ended" in words for words in told)
+
+
 @pytest.mark.parametrize("leaves", [0, 1])
 def test_a_rank_that_leaves_stops_nobody(leaves: int, tmp_path: Path) -> None:
     results = worlds.run(2, free_cases.leave_early, case_of(leaves=leaves), str(tmp_path))

@@ -63,7 +63,7 @@ class FreeRunner(Runner):
 
     def drain(self) -> None:
         """Whoever is done forwards until all are, in evaluation mode; then, from the lowest rank up, what came and was not
-        used yet is used."""
+        used yet is used. Nobody goes on before all have: what it would send, or say of new data, would be taken for the old."""
         all_done = self.network.arrive()
         while not all_done():
             if not self._only_forward():
@@ -71,6 +71,9 @@ class FreeRunner(Runner):
         self.network.pass_mark(before=self._use_up)
         self.network.start_run(0)
         self.end = None
+        all_drained = self.network.arrive()
+        while not all_drained():
+            time.sleep(_LOOK)
 
     def _begin(self) -> Exception | None:
         """What there is to do a call with; or why there is nothing, on all replicas alike."""
