@@ -34,7 +34,8 @@ def counts(engine: Any) -> dict[str, Any]:
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
-    """``calls`` calls, a drain, and the counts."""
+    """``calls`` calls, a drain, and the counts. ``waits``: this rank waits in the middle until rank 0 has made its calls, which
+    says so by the file ``done``."""
     engine = engine_cases.build(case)
     data, initial = endless(engine), engine_cases.state_of(engine)
     started = time.monotonic()
@@ -43,6 +44,10 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         losses.append(engine.train_batch(data).item())
         if step == 2 and case.get("sleep", (None, 0))[0] == engine.stage_id:
             time.sleep(case["sleep"][1])
+        while step == 2 and case.get("waits") == engine.stage_id and not Path(case["done"]).exists():
+            time.sleep(0.01)
+    if "done" in case and engine.stage_id == 0:
+        Path(case["done"]).touch()
     done = time.monotonic() - started
     before = counts(engine)
     engine.drain()

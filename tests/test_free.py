@@ -71,10 +71,11 @@ def test_slow_down() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "slow"), [(2, 1), (3, 1), (3, 2)])
-def test_a_cap_ends_no_run(ranks: int, slow: int) -> None:
-    """A rank that slept while its ring was overwritten has less to use than calls to make; the ranks below, which have made
-    theirs, wait for it in the next call of all ranks."""
-    results = worlds.run(ranks, free_cases.train, case_of({"size": 2, "cap": 1}, sleep=(slow, 1.5), timeout=20))
+def test_a_cap_ends_no_run(ranks: int, slow: int, tmp_path: Path) -> None:
+    """A rank that stood still while its ring was overwritten has less to use than calls to make; the ranks below, which have
+    made theirs, wait for it in the next call of all ranks."""
+    case = case_of({"size": 2, "cap": 1}, waits=slow, done=str(tmp_path / "done"), timeout=20)
+    results = worlds.run(ranks, free_cases.train, case)
     by_rank = {result["rank"]: result for result in results}
     assert max(int(n) for result in results for uses in result["rings"].values() for n in uses) == 1
     rings = results[0]["summary"]["replay"]
