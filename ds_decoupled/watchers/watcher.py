@@ -1,6 +1,6 @@
 """What a watcher is told; a subclass overrides what it wants to hear.
 
->>> from ds_decoupled.schedules import parse_action
+>>> from ds_decoupled.schedules.actions import parse_action
 >>> class Trace(Watcher):
 ...     def __init__(self): self.seen = []
 ...     def after(self, action): self.seen.append(str(action))
